@@ -1,0 +1,46 @@
+"""What can go wrong on the way to a token: one hierarchy, each class caught for a different reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Final, TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
+LOGIN_HINT: Final = 'run "interceptors login"'
+
+
+class AuthError(Exception):
+    """No valid token can be had. Catch this to handle every failure of authentication alike."""
+
+
+class LoginRequired(AuthError):
+    """Only a person can help: there is no session, or its refresh token is no longer accepted.
+
+    The message says how to log in. Retrying without a new login is pointless.
+    """
+
+
+class RefreshError(AuthError):
+    """The issuer could not be asked or gave no usable answer; a later attempt may succeed.
+
+    Args:
+        message: What happened and what to do.
+        retry_after: Seconds that the issuer asked to wait (`Retry-After`, RFC 9110 section 10.2.3), None if it did not.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StoreError(AuthError):
+    """The place that keeps the session cannot be read, written or locked; the message names it and the way out."""
+
+
+def fresh_copy(error: E) -> E:
+    """A copy of `error` to raise in one of several threads, since raising changes an exception's traceback."""
+    duplicate = copy.copy(error)
+    duplicate.__cause__ = error.__cause__
+    duplicate.__suppress_context__ = error.__suppress_context__
+    return duplicate.with_traceback(None)

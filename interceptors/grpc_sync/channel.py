@@ -1,0 +1,579 @@
+"""A channel of our own over a plain one: its multicallables keep the plain multicallables and attach tokens.
+
+gRPC's own interceptor machinery costs more than the token; this costs next to nothing while the token is fresh.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import grpc
+
+from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
+from interceptors.grpc_sync.call import AuthenticatedCall, local_error
+from interceptors.replay import ReplayableRequests, size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from interceptors.source import TokenSource
+    from interceptors.tokens import Token
+
+_log = logging.getLogger("interceptors")
+
+UNAUTHENTICATED: Final = grpc.StatusCode.UNAUTHENTICATED
+_NATIVE_CHANNEL: Final[type | None] = getattr(getattr(grpc, "_channel", None), "Channel", None)
+
+
+class AuthenticatedChannel(grpc.Channel):  # type: ignore[misc]
+    """A `grpc.Channel` whose calls carry tokens; see `interceptors.intercept_channel`.
+
+    Args:
+        channel: The channel to call through.
+        source: Where tokens come from.
+        replay_limit: Bytes of a request stream that are kept for a second attempt.
+    """
+
+    def __init__(self, channel: grpc.Channel, source: TokenSource, replay_limit: int = REPLAY_LIMIT) -> None:
+        self._channel = channel
+        self._source = source
+        self._replay_limit = replay_limit
+
+    def _multicallable(
+        self, kind: str, method: str, serializer: Any, deserializer: Any, options: dict[str, Any]
+    ) -> tuple[Any, Callable[[Any], Any]]:
+        make = getattr(self._channel, kind)
+        if type(self._channel) is _NATIVE_CHANNEL:
+            # Serialising here and not beneath costs nothing more, and what is replayed is what was sent.
+            return make(method, None, deserializer, **options), _serializing(serializer)
+        # Interceptors and test channels beneath want to see the message.
+        return make(method, serializer, deserializer, **options), _snapshot
+
+    def unary_unary(
+        self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
+    ) -> grpc.UnaryUnaryMultiCallable:
+        """See `grpc.Channel.unary_unary`."""
+        options = _registered(args, options)
+        inner, prepare = self._multicallable("unary_unary", method, request_serializer, response_deserializer, options)
+        return UnaryUnary(inner, self._source, prepare)
+
+    def unary_stream(
+        self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
+    ) -> grpc.UnaryStreamMultiCallable:
+        """See `grpc.Channel.unary_stream`."""
+        options = _registered(args, options)
+        inner, prepare = self._multicallable("unary_stream", method, request_serializer, response_deserializer, options)
+        return UnaryStream(inner, self._source, prepare)
+
+    def stream_unary(
+        self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
+    ) -> grpc.StreamUnaryMultiCallable:
+        """See `grpc.Channel.stream_unary`."""
+        options = _registered(args, options)
+        inner, prepare = self._multicallable("stream_unary", method, request_serializer, response_deserializer, options)
+        return StreamUnary(inner, self._source, prepare, self._replay_limit)
+
+    def stream_stream(
+        self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
+    ) -> grpc.StreamStreamMultiCallable:
+        """See `grpc.Channel.stream_stream`."""
+        options = _registered(args, options)
+        inner, prepare = self._multicallable("stream_stream", method, request_serializer, response_deserializer, options)
+        return StreamStream(inner, self._source, prepare, self._replay_limit)
+
+    def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool = False) -> None:  # noqa: FBT001, FBT002 - gRPC's signature
+        """See `grpc.Channel.subscribe`."""
+        self._channel.subscribe(callback, try_to_connect)
+
+    def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
+        """See `grpc.Channel.unsubscribe`."""
+        self._channel.unsubscribe(callback)
+
+    def close(self) -> None:
+        """See `grpc.Channel.close`. The source is left open: it may serve other channels."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        self._channel.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._channel.__exit__(kind, error, traceback)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        # What gRPC has added to its channels and tools beside it rely on.
+        if name == "_channel":
+            raise AttributeError(name)
+        return getattr(self._channel, name)
+
+    def __repr__(self) -> str:
+        return f"<AuthenticatedChannel over {self._channel!r}>"
+
+
+class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
+    """Unary calls that carry tokens."""
+
+    __slots__ = ("_inner", "_peek", "_prepare", "_source")
+
+    def __init__(self, inner: grpc.UnaryUnaryMultiCallable, source: TokenSource, prepare: Callable[[Any], Any]) -> None:
+        self._inner = inner
+        self._source = source
+        self._prepare = prepare
+        self._peek = source.peek
+
+    def __call__(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.UnaryUnaryMultiCallable.__call__`."""
+        return self._blocking(self._inner, request, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def with_call(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.UnaryUnaryMultiCallable.with_call`."""
+        invoke = self._inner.with_call
+        return self._blocking(invoke, request, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def _blocking(
+        self,
+        invoke: Callable[..., Any],
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        credentials: Any,
+        wait_for_ready: bool | None,
+        compression: Any,
+    ) -> Any:
+        message = self._prepare(request)
+        options = (
+            _NO_OPTIONS if wait_for_ready is None and compression is None else (None, wait_for_ready, compression)
+        )
+        if metadata is not None:
+            metadata = tuple(metadata)
+        if credentials is not None or (metadata and carries_own_authorization(metadata)):
+            return invoke(message, timeout, metadata, credentials, *options[1:])
+        token = self._peek()
+        deadline = None if timeout is None else deadline_of(timeout)
+        if token is None:
+            token, timeout = first_token(Call(self._source, deadline))
+        try:
+            return invoke(message, timeout, metadata + token.metadata if metadata else token.metadata, *options)
+        except grpc.RpcError as error:
+            if error.code() is not UNAUTHENTICATED:
+                raise
+            refusal = error
+        except ValueError as error:
+            raise redacted(error, token) from None
+
+        def again(token: Token, timeout: float | None) -> Any:
+            return invoke(message, timeout, attached(token, metadata), *options)
+
+        try:
+            return invoke_again(Call(self._source, deadline), token, refusal, again)
+        finally:
+            del refusal  # breaks the cycle of error, traceback and this frame
+
+    def future(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.UnaryUnaryMultiCallable.future`. Does not wait for a token."""
+        message = self._prepare(request)
+        return start_call(
+            self._source,
+            functools.partial(_invoke, self._inner.future, message, wait_for_ready, compression),
+            timeout,
+            metadata,
+            credentials,
+        )
+
+
+class UnaryStream(grpc.UnaryStreamMultiCallable):  # type: ignore[misc]
+    """Server streams that carry tokens."""
+
+    __slots__ = ("_inner", "_prepare", "_source")
+
+    def __init__(self, inner: grpc.UnaryStreamMultiCallable, source: TokenSource, prepare: Callable[[Any], Any]) -> None:
+        self._inner = inner
+        self._source = source
+        self._prepare = prepare
+
+    def __call__(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.UnaryStreamMultiCallable.__call__`. Does not wait for a token."""
+        message = self._prepare(request)
+        return start_call(
+            self._source,
+            functools.partial(_invoke, self._inner, message, wait_for_ready, compression),
+            timeout,
+            metadata,
+            credentials,
+        )
+
+
+class StreamUnary(grpc.StreamUnaryMultiCallable):  # type: ignore[misc]
+    """Client streams that carry tokens."""
+
+    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source")
+
+    def __init__(
+        self, inner: grpc.StreamUnaryMultiCallable, source: TokenSource, prepare: Callable[[Any], Any], replay_limit: int
+    ) -> None:
+        self._inner = inner
+        self._source = source
+        self._prepare = prepare
+        self._replay_limit = replay_limit
+
+    def __call__(
+        self,
+        request_iterator: Iterator[Any],
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.StreamUnaryMultiCallable.__call__`."""
+        invoke = self._inner
+        return self._blocking(invoke, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def with_call(
+        self,
+        request_iterator: Iterator[Any],
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.StreamUnaryMultiCallable.with_call`."""
+        invoke = self._inner.with_call
+        return self._blocking(invoke, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+
+    def _blocking(
+        self,
+        invoke: Callable[..., Any],
+        request_iterator: Iterator[Any],
+        timeout: float | None,
+        metadata: Any,
+        credentials: Any,
+        wait_for_ready: bool | None,
+        compression: Any,
+    ) -> Any:
+        if metadata is not None:
+            metadata = tuple(metadata)
+        if credentials is not None or (metadata and carries_own_authorization(metadata)):
+            requests = replayable(request_iterator, self._prepare, 0)
+            return _invoke(invoke, requests.attempt(), wait_for_ready, compression, timeout, metadata, credentials)
+        call = Call(self._source, deadline_of(timeout))
+        token = self._source.peek()
+        if token is None:
+            token, timeout = first_token(call)
+        requests = replayable(request_iterator, self._prepare, self._replay_limit)
+
+        def attempt(token: Token, timeout: float | None) -> Any:
+            metadata_sent = attached(token, metadata)
+            return _invoke(invoke, requests.attempt(), wait_for_ready, compression, timeout, metadata_sent, None)
+
+        refusal = None
+        try:
+            return attempt(token, timeout)
+        except grpc.RpcError as error:
+            if error.code() is not UNAUTHENTICATED:
+                raise
+            refusal = error
+        except ValueError as error:
+            raise redacted(error, token) from None
+        finally:
+            if refusal is None:
+                requests.stop()
+        try:
+            return invoke_again(call, token, refusal, attempt, replayable=requests.rewind())
+        finally:
+            requests.stop()
+            del refusal
+
+    def future(
+        self,
+        request_iterator: Iterator[Any],
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.StreamUnaryMultiCallable.future`. Does not wait for a token."""
+        return start_streaming_call(
+            self._source,
+            functools.partial(_invoke_streaming, self._inner.future, wait_for_ready, compression),
+            replayable(request_iterator, self._prepare, self._replay_limit),
+            timeout,
+            metadata,
+            credentials,
+        )
+
+
+class StreamStream(grpc.StreamStreamMultiCallable):  # type: ignore[misc]
+    """Bidirectional streams that carry tokens."""
+
+    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source")
+
+    def __init__(
+        self, inner: grpc.StreamStreamMultiCallable, source: TokenSource, prepare: Callable[[Any], Any], replay_limit: int
+    ) -> None:
+        self._inner = inner
+        self._source = source
+        self._prepare = prepare
+        self._replay_limit = replay_limit
+
+    def __call__(
+        self,
+        request_iterator: Iterator[Any],
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.StreamStreamMultiCallable.__call__`. Does not wait for a token."""
+        return start_streaming_call(
+            self._source,
+            functools.partial(_invoke_streaming, self._inner, wait_for_ready, compression),
+            replayable(request_iterator, self._prepare, self._replay_limit),
+            timeout,
+            metadata,
+            credentials,
+        )
+
+
+def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: int) -> Any:
+    """One of a stub's multicallables, with tokens; for `interceptors.intercept_stub`."""
+    prepare: Callable[[Any], Any] = _snapshot
+    if type(inner).__module__ == "grpc._channel" and hasattr(inner, "_request_serializer"):
+        prepare = _serializing(inner._request_serializer)  # noqa: SLF001 - a stub has no public way to its serialisers
+        inner = copy.copy(inner)
+        inner._request_serializer = None  # noqa: SLF001
+    # By name first: grpc_testing's UnaryStream says that it is a StreamStreamMultiCallable.
+    name = type(inner).__name__
+    if isinstance(inner, grpc.UnaryUnaryMultiCallable):
+        return UnaryUnary(inner, source, prepare)
+    if isinstance(inner, grpc.UnaryStreamMultiCallable) or "UnaryStream" in name:
+        return UnaryStream(inner, source, prepare)
+    if isinstance(inner, grpc.StreamUnaryMultiCallable):
+        return StreamUnary(inner, source, prepare, replay_limit)
+    return StreamStream(inner, source, prepare, replay_limit)
+
+
+# Shared with the native interceptor
+
+
+def first_token(call: Call) -> tuple[Token, float | None]:
+    """Waits for a token for a first attempt; returns it and what is left of the timeout."""
+    decision = call.begin(call.ask())
+    if isinstance(decision, Failure):
+        raise local_error(decision)
+    return decision.token, decision.timeout
+
+
+def invoke_again(
+    call: Call,
+    token: Token,
+    refusal: grpc.RpcError,
+    attempt: Callable[[Token, float | None], Any],
+    *,
+    replayable: bool = True,
+) -> Any:
+    """What becomes of a blocking call whose first attempt, made with `token`, ended with `refusal`."""
+    if not call.refused(token, replayable=replayable):
+        raise refusal
+    decision = call.again(call.ask())
+    if isinstance(decision, Failure):
+        raise local_error(decision)
+    if not isinstance(decision, Send):
+        raise refusal from decision.cause
+    try:
+        result = attempt(decision.token, decision.timeout)
+    except grpc.RpcError as error:
+        if error.code() is UNAUTHENTICATED:
+            call.refused(decision.token)
+        else:
+            call.passed()
+        raise
+    call.passed()
+    return result
+
+
+def start_call(
+    source: TokenSource,
+    invoke: Callable[[float | None, Any, Any], Any],
+    timeout: float | None,
+    metadata: Any,
+    credentials: Any,
+) -> Any:
+    """Starts a call with one request that nobody waits for here; `invoke(timeout, metadata, credentials)` starts an attempt."""
+    metadata = None if metadata is None else tuple(metadata)
+    if credentials is not None or (metadata and carries_own_authorization(metadata)):
+        return invoke(timeout, metadata, credentials)
+    call = AuthenticatedCall(
+        source,
+        functools.partial(_start_attempt, invoke, metadata),
+        Call(source, deadline_of(timeout)),
+    )
+    call.begin(source.peek(), timeout)
+    return call
+
+
+def start_streaming_call(
+    source: TokenSource,
+    invoke: Callable[[Iterator[Any], float | None, Any, Any], Any],
+    requests: ReplayableRequests[Any, Any],
+    timeout: float | None,
+    metadata: Any,
+    credentials: Any,
+) -> Any:
+    """`start_call` for a request stream; `invoke` takes the requests first."""
+    metadata = None if metadata is None else tuple(metadata)
+    if credentials is not None or (metadata and carries_own_authorization(metadata)):
+        requests.free()
+        return invoke(requests.attempt(), timeout, metadata, credentials)
+    call = AuthenticatedCall(
+        source,
+        functools.partial(_start_streaming_attempt, invoke, requests, metadata),
+        Call(source, deadline_of(timeout)),
+        requests,
+    )
+    call.begin(source.peek(), timeout)
+    return call
+
+
+def replayable(
+    request_iterator: Iterator[Any], prepare: Callable[[Any], Any], limit: int
+) -> ReplayableRequests[Any, Any]:
+    """The caller's requests, kept as `prepare` makes them."""
+
+    def sized(request: Any) -> tuple[Any, int]:
+        message = prepare(request)
+        return message, size_of(message)
+
+    return ReplayableRequests(request_iterator, sized, limit)
+
+
+def attached(token: Token, metadata: tuple[Any, ...] | None) -> Any:
+    """The caller's metadata, in order, and the token."""
+    return (*metadata, *token.metadata) if metadata else token.metadata
+
+
+def redacted(error: ValueError, token: Token) -> ValueError:
+    """`error` without the token, which gRPC shows when other metadata is invalid."""
+    return ValueError(*(arg.replace(token.value, "***") if isinstance(arg, str) else arg for arg in error.args))
+
+
+_NO_OPTIONS: Final = ()
+
+
+def _invoke(
+    invoke: Callable[..., Any],
+    message: Any,
+    wait_for_ready: bool | None,
+    compression: Any,
+    timeout: float | None,
+    metadata: Any,
+    credentials: Any,
+) -> Any:
+    if wait_for_ready is None and compression is None:
+        # Channels that are not gRPC's own, grpc_testing's for one, may not know the other two.
+        return invoke(message, timeout, metadata, credentials)
+    return invoke(message, timeout, metadata, credentials, wait_for_ready, compression)
+
+
+def _invoke_streaming(
+    invoke: Callable[..., Any],
+    wait_for_ready: bool | None,
+    compression: Any,
+    messages: Any,
+    timeout: float | None,
+    metadata: Any,
+    credentials: Any,
+) -> Any:
+    return _invoke(invoke, messages, wait_for_ready, compression, timeout, metadata, credentials)
+
+
+def _start_attempt(
+    invoke: Callable[[float | None, Any, Any], Any], metadata: Any, token: Token, timeout: float | None
+) -> Any:
+    try:
+        return invoke(timeout, attached(token, metadata), None)
+    except ValueError as error:
+        raise redacted(error, token) from None
+
+
+def _start_streaming_attempt(
+    invoke: Callable[[Iterator[Any], float | None, Any, Any], Any],
+    requests: ReplayableRequests[Any, Any],
+    metadata: Any,
+    token: Token,
+    timeout: float | None,
+) -> Any:
+    return _start_attempt(functools.partial(invoke, requests.attempt()), metadata, token, timeout)
+
+
+def _serializing(serializer: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    if serializer is None:
+        return _as_it_is
+
+    def serialize(request: Any) -> Any:
+        try:
+            return serializer(request)
+        except Exception:
+            # gRPC ends a call whose request is None with INTERNAL, as when its own serialising fails.
+            _log.exception("Exception serializing message!")
+            return None
+
+    return serialize
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
+
+
+def _snapshot(request: Any) -> Any:
+    try:
+        return copy.deepcopy(request)
+    except Exception:  # noqa: BLE001 - what cannot be copied is sent as it is
+        return request
+
+
+def _registered(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    if args:
+        options["_registered_method"] = args[0]
+    return options if options.get("_registered_method") else {}

@@ -1,0 +1,581 @@
+"""The source for sessions that last: refreshes ahead of time, on a thread of its own, once for everybody."""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import logging
+import random
+import threading
+import time
+import weakref
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Self
+
+from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, StoreError, fresh_copy
+from interceptors.forking import renew_after_fork
+from interceptors.freshness import freshness
+from interceptors.pacing import Backoff, CoolDown
+from interceptors.session import Session
+from interceptors.source import TokenSource
+from interceptors.stores.base import SessionStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from interceptors.tokens import Token
+
+_log = logging.getLogger("interceptors")
+
+_LOCK_SECONDS = 60.0
+_LOOK_AGAIN_SECONDS = 1.0
+_CLOSE_SECONDS = 30.0
+
+
+class Cause(enum.Enum):
+    """Why a refresh was needed."""
+
+    PROACTIVE = "proactive"
+    MANDATORY = "mandatory"
+    REACTIVE = "reactive"
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """What a `RefreshingTokenSource` has done so far.
+
+    Args:
+        proactive: Refreshes made ahead of the expiry.
+        mandatory: Refreshes that calls had to wait for, because there was no token or it was about to expire.
+        reactive: Refreshes that a server's UNAUTHENTICATED forced.
+        failures: Attempts to refresh that failed.
+        adoptions: Sessions taken over from the store, where another process or a login had put them.
+        rejected: Tokens that a server has refused; each counts once.
+    """
+
+    proactive: int = 0
+    mandatory: int = 0
+    reactive: int = 0
+    failures: int = 0
+    adoptions: int = 0
+    rejected: int = 0
+
+    @property
+    def refreshes(self) -> int:
+        """All refreshes, whatever caused them."""
+        return self.proactive + self.mandatory + self.reactive
+
+
+class _Held:
+    """The session in use, and the moments at which its token's freshness changes."""
+
+    __slots__ = ("due_at", "expires_at", "forced", "fresh_until", "nudge_after", "refused", "rejected", "session", "token")
+
+    def __init__(self, session: Session, window: float, jitter: float, *, forced: bool) -> None:
+        self.session = session
+        self.token = session.token
+        self.fresh_until, self.due_at, self.expires_at = freshness(session, window, jitter)
+        self.nudge_after = self.fresh_until
+        self.forced = forced
+        self.rejected = False
+        self.refused = False
+
+
+class _Round:
+    """One pass of the source's thread, and what came of it for all who wait for it."""
+
+    __slots__ = ("answer", "done")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.answer: Token | BaseException | None = None
+
+
+class RefreshingTokenSource(TokenSource):
+    """Keeps a session's access token valid: refreshes it before it expires, and when a server refuses it.
+
+    A fresh token is handed out without a lock and without I/O. Inside the proactive window one background refresh
+    runs while callers keep getting the present token; only when it is (almost) expired or refused do they wait, all
+    for the same refresh, each no longer than its own deadline. Refreshing happens under the store's lock, so that of
+    all processes that share a session one refreshes and the others adopt the result (RFC 9700 section 2.2.2: refresh
+    tokens rotate, using an old one revokes the session).
+
+    Args:
+        store: Where the session is kept.
+        refresh: `Session | None -> Session`; None when the store is empty. Normally `OidcClient(...).refresh`. It
+            raises `LoginRequired` when only a login can help; anything else that it raises counts as passing.
+        window: How long before its expiry a token is refreshed; at most a quarter of the token's lifetime.
+        clock: The wall clock, Unix seconds.
+        on_refresh: Called with the new session after each refresh, on the source's thread.
+        jitter: Returns numbers in [0, 1); spreads the refreshes of many clients.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be; the message says what was expected.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        refresh: Callable[[Session | None], Session],
+        *,
+        window: timedelta = timedelta(minutes=15),
+        clock: Callable[[], float] = time.time,
+        on_refresh: Callable[[Session], object] | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        _check_arguments(store, refresh, window, clock, on_refresh)
+        self._store = store
+        self._refresh = refresh
+        self._window = window.total_seconds()
+        self._clock = clock
+        self._on_refresh = on_refresh
+        self._jitter = jitter
+
+        self._held: _Held | None = None
+        self._seen: Session | None = None  # what the store held when it was last read or written
+        self._unsaved = False  # the held session is newer than what the store holds
+        self._warned = False
+        self._dead: LoginRequired | None = None  # remembered until the store changes
+        self._failure: AuthError | None = None  # the latest passing failure
+        self._backoff = Backoff(jitter=jitter)
+        self._saving = Backoff(first=1.0, cap=60.0, jitter=jitter)
+        self._cool_down = CoolDown()
+        self._stats = SourceStats()
+        self._closed = False
+        self._after_fork_in_child()
+        renew_after_fork(self)
+        _open_sources.add(self)
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = threading.Lock()  # guards state for moments, never held during I/O
+        self._jobs: SimpleQueue[_Round | None] = SimpleQueue()
+        self._round: _Round | None = None
+        self._thread: threading.Thread | None = None
+        if self._held is not None:
+            self._held.nudge_after = self._held.fresh_until
+
+    # The hot path
+
+    def peek(self) -> Token | None:
+        """The present token while it may be sent without waiting, else None; see `TokenSource.peek`."""
+        held = self._held
+        if held is None:
+            return None
+        now = self._clock()
+        if now < held.fresh_until:
+            return held.token
+        if now >= held.due_at or held.refused or self._thread is None:
+            return None
+        self._nudge(held, now)
+        return held.token
+
+    def token(self, *, timeout: float | None = None) -> Token:
+        """The present token, or the next one if the present one cannot be sent; see `TokenSource.token`."""
+        held = self._held
+        if held is not None and self._clock() < held.fresh_until:
+            return held.token
+        return self._token_when_ready(timeout)
+
+    # What servers say
+
+    def reject(self, token: Token) -> None:
+        """Makes the next `token()` wait for a refresh, unless refreshing has just proved not to help."""
+        held = self._held
+        if held is None or held.token.value != token.value or held.refused:
+            return
+        with self._lock:
+            now = self._clock()
+            if not held.rejected:
+                held.rejected = True
+                self._stats = replace(self._stats, rejected=self._stats.rejected + 1)
+            if held.forced:
+                held.forced = False
+                self._cool_down.start(now)
+            if self._cool_down.active(now):
+                return
+            held.refused = True
+            held.fresh_until = float("-inf")
+
+    def accept(self, token: Token) -> None:
+        """Notes that a token from a forced refresh has pleased a server: refreshing does help."""
+        held = self._held
+        if held is None or not held.forced or held.token.value != token.value:
+            return
+        with self._lock:
+            held.forced = False
+            self._cool_down.reset()
+
+    # For the application
+
+    @property
+    def stats(self) -> SourceStats:
+        """What this source has done so far."""
+        return self._stats
+
+    @property
+    def session(self) -> Session | None:
+        """The session in use; None before the first token."""
+        held = self._held
+        return held.session if held else None
+
+    def close(self) -> None:
+        """Stops the source's thread. A refresh under way is finished and saved first. May be called twice."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+            self._jobs.put(None)
+        _open_sources.discard(self)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_CLOSE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"RefreshingTokenSource({self._store!r})"
+
+    # Waiting for the source's thread
+
+    def _nudge(self, held: _Held, now: float) -> None:
+        if now >= held.nudge_after:
+            # A benign race: two callers at once ask twice, and the second round finds nothing to do.
+            held.nudge_after = float("inf")
+            self._jobs.put(_Round())
+
+    def _token_when_ready(self, timeout: float | None) -> Token:
+        with self._lock:
+            now = self._clock()
+            held = self._held
+            if held is not None:
+                if now < held.fresh_until:
+                    return held.token
+                if now < held.due_at and not held.refused:
+                    if not self._closed:
+                        self._start_thread()
+                        self._nudge(held, now)
+                    return held.token
+                if now < held.expires_at and self._dead is None and self._backoff.active(now):
+                    return held.token
+            if self._closed:
+                msg = "the token source is closed: keep it open for as long as calls are made with it"
+                raise RefreshError(msg)
+            if self._failure is not None and self._dead is None and self._backoff.active(now):
+                raise fresh_copy(self._failure)
+            ours = self._round
+            if ours is None:
+                ours = self._round = _Round()
+                self._start_thread()
+                self._jobs.put(ours)
+        if not ours.done.wait(timeout):
+            msg = f"the access token was not refreshed within {timeout:g} s"
+            raise TimeoutError(msg)
+        answer = ours.answer
+        if isinstance(answer, BaseException):
+            raise fresh_copy(answer)
+        assert answer is not None
+        return answer
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            jobs = self._jobs
+            source = weakref.ref(self, lambda _: jobs.put(None))
+            self._thread = threading.Thread(
+                target=_work, args=(source, jobs), name="interceptors-token-source", daemon=True
+            )
+            self._thread.start()
+
+    # On the source's thread
+
+    def _seconds_to_next_save(self) -> float | None:
+        return max(self._saving.until - self._clock(), 0.0) if self._unsaved else None
+
+    def _run(self, ours: _Round) -> None:
+        answer: Token | AuthError
+        try:
+            answer = self._next_token()
+        except LoginRequired as error:
+            answer = self._note_dead(error)
+        except AuthError as error:
+            answer = self._note_failure(error)
+        except BaseException as error:  # noqa: BLE001 - the thread must live on, and nobody wait for ever
+            answer = self._note_failure(_as_refresh_error(error))
+        else:
+            self._dead = self._failure = None
+            self._backoff.reset()
+        held = self._held
+        with self._lock:
+            if held is not None:
+                look_again = self._clock() + _LOOK_AGAIN_SECONDS if self._dead else self._backoff.until
+                held.nudge_after = max(held.fresh_until, look_again)
+            ours.answer = answer
+            if self._round is ours:
+                self._round = None
+        ours.done.set()
+
+    def _note_dead(self, error: LoginRequired) -> Token | AuthError:
+        if error is not self._dead:
+            self._count(failures=1)
+            self._dead = error
+        held = self._held
+        if held is not None and not held.refused and self._clock() < held.expires_at:
+            # The refresh token is dead, the access token is not: nobody needs to know yet.
+            return held.token
+        return error
+
+    def _note_failure(self, error: AuthError) -> Token | AuthError:
+        now = self._clock()
+        if error is not self._failure:
+            self._count(failures=1)
+            self._failure = error
+            self._backoff.fail(now, error.retry_after if isinstance(error, RefreshError) else None)
+        held = self._held
+        if held is not None and now < held.expires_at:
+            # The server has the last word on a token that it refused before.
+            return held.token
+        return error
+
+    def _next_token(self) -> Token:
+        held = self._held
+        if held is None or self._dead is not None:
+            stored = self._store.load()
+            if self._dead is not None and stored == self._seen:
+                raise self._dead
+            if held is None:
+                self._seen = stored
+                if stored is not None and self._usable(stored):
+                    return self._hold(stored, forced=False).token
+        elif self._cause(held) is None:
+            return held.token
+        if self._failure is not None and self._backoff.active(self._clock()):
+            raise self._failure
+        with self._store.lock(_LOCK_SECONDS):
+            return self._refresh_under_lock()
+
+    def _refresh_under_lock(self) -> Token:
+        held = self._held
+        cause = self._cause(held) or Cause.PROACTIVE
+        current = held.session if held else None
+        try:
+            stored = self._store.load()
+        except StoreError:
+            if held is None or cause is Cause.PROACTIVE:
+                raise
+            # Nobody else can read it either: the session lives on in memory.
+            stored = self._seen
+        if stored != self._seen or (held is None and stored is not None):
+            self._unsaved = self._unsaved and stored == self._seen
+            self._seen = stored
+            current = stored
+            if stored is None:
+                self._unsaved = False
+            elif self._usable(stored, fresh=cause is Cause.PROACTIVE):
+                self._count(adoptions=1 if held else 0)
+                self._unsaved = False
+                return self._hold(stored, forced=False).token
+        try:
+            session = self._refreshed(current)
+        except LoginRequired:
+            # A login that did not wait for the lock may have saved another session meanwhile.
+            again = self._store.load()
+            if again is None or again == self._seen:
+                raise
+            return self._refresh_under_lock()
+        self._count(**{cause.value: 1})
+        self._save(session)
+        token = self._hold(session, forced=cause is Cause.REACTIVE).token
+        self._tell(session)
+        if token.expires_at is not None and token.expires_at <= self._clock():
+            msg = "the issuer's new access token has expired already: check this machine's clock and the token lifetime"
+            raise RefreshError(msg)
+        return token
+
+    def _refreshed(self, session: Session | None) -> Session:
+        refreshed = self._refresh(session)
+        if not isinstance(refreshed, Session):
+            msg = f"refresh must return a Session, it returned {type(refreshed).__name__}"
+            raise RefreshError(msg)
+        return refreshed
+
+    def _cause(self, held: _Held | None) -> Cause | None:
+        if held is None:
+            return Cause.MANDATORY
+        if held.refused:
+            return Cause.REACTIVE
+        now = self._clock()
+        if now >= held.due_at:
+            return Cause.MANDATORY
+        return Cause.PROACTIVE if now >= held.fresh_until else None
+
+    def _usable(self, session: Session, *, fresh: bool = False) -> bool:
+        held = self._held
+        if held is not None and held.refused and session.access_token == held.token.value:
+            return False
+        stale_at, due_at, _ = freshness(session, self._window, 0.0)
+        return self._clock() < (stale_at if fresh else due_at)
+
+    def _hold(self, session: Session, *, forced: bool) -> _Held:
+        held = self._held = _Held(session, self._window, self._jitter(), forced=forced)
+        return held
+
+    def _save(self, session: Session) -> None:
+        try:
+            self._store.save(session)
+        except Exception as error:  # noqa: BLE001 - the session must live on whatever the store does
+            if not self._warned:
+                _log.warning(
+                    "the refreshed session could not be saved and lives in memory only; saving is tried again (%s)",
+                    error if isinstance(error, AuthError) else type(error).__name__,
+                )
+            self._warned = self._unsaved = True
+            self._saving.fail(self._clock())
+        else:
+            self._seen = session
+            self._warned = self._unsaved = False
+            self._saving.reset()
+
+    def _save_again(self) -> None:
+        held = self._held
+        if held is None or not self._unsaved:
+            return
+        try:
+            with self._store.lock(_LOCK_SECONDS):
+                if self._store.load() == self._seen:
+                    self._save(held.session)
+                else:
+                    # Somebody has logged in or out meanwhile; theirs is the newer word.
+                    self._unsaved = False
+        except Exception as error:  # noqa: BLE001 - as in _save
+            _log.debug("the session could not be saved yet: %s", type(error).__name__)
+            self._saving.fail(self._clock())
+
+    def _tell(self, session: Session) -> None:
+        if self._on_refresh is not None:
+            try:
+                self._on_refresh(session)
+            except Exception:
+                _log.exception("on_refresh failed; the refreshed session is in use all the same")
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+
+
+_open_sources: weakref.WeakSet[RefreshingTokenSource] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # A daemon thread that dies between the issuer's answer and the save would lose the only valid refresh token.
+    for source in list(_open_sources):
+        source.close()
+
+
+def _work(source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Round | None]) -> None:
+    """What the source's thread does. It holds the source only while it works, so that one left behind is collected."""
+    while True:
+        source = source_of()
+        if source is None:
+            return
+        patience = source._seconds_to_next_save()  # noqa: SLF001
+        del source
+        try:
+            job = jobs.get(timeout=patience)
+        except Empty:
+            job = None
+            stop = False
+        else:
+            stop = job is None
+        source = source_of()
+        if source is None:
+            return
+        if job is None:
+            source._save_again()  # noqa: SLF001
+        else:
+            source._run(job)  # noqa: SLF001
+        del source
+        if stop:
+            return
+
+
+def _as_refresh_error(error: BaseException) -> RefreshError:
+    # Its text is not ours, and may hold what nobody should see.
+    refresh_error = RefreshError(f"refreshing the access token failed with {type(error).__name__}")
+    refresh_error.__cause__ = error
+    return refresh_error
+
+
+def _check_arguments(store: object, refresh: object, window: object, clock: object, on_refresh: object) -> None:
+    if not isinstance(store, SessionStore):
+        msg = f"store must be a SessionStore (KeyringStore, FileStore, MemoryStore, ...), not {type(store).__name__}"
+        raise TypeError(msg)
+    if not callable(refresh):
+        msg = f"refresh must be a callable Session | None -> Session, such as OidcClient(...).refresh, not {type(refresh).__name__}"
+        raise TypeError(msg)
+    if not isinstance(window, timedelta):
+        msg = f"window must be a datetime.timedelta, such as timedelta(minutes=15), not {type(window).__name__}"
+        raise TypeError(msg)
+    if window < timedelta(0):
+        msg = f"window must not be negative, it is {window}"
+        raise ValueError(msg)
+    if not callable(clock):
+        msg = f"clock must be a callable that returns Unix seconds, such as time.time, not {type(clock).__name__}"
+        raise TypeError(msg)
+    if on_refresh is not None and not callable(on_refresh):
+        msg = f"on_refresh must be a callable that takes the new Session, or None, not {type(on_refresh).__name__}"
+        raise TypeError(msg)
+
+
+def open_session(  # noqa: PLR0913 - every argument is one that the parts it joins have
+    issuer: str,
+    client_id: str,
+    *,
+    store: SessionStore | None = None,
+    client_secret: str | None = None,
+    window: timedelta = timedelta(minutes=15),
+    on_refresh: Callable[[Session], object] | None = None,
+    timeout: float = 10.0,
+) -> RefreshingTokenSource:
+    """The token source over the session that `interceptors login` has stored.
+
+    Args:
+        issuer: The OpenID issuer, a URL.
+        client_id: The client that logged in.
+        store: Where the session is kept; the system keyring's default profile if None.
+        client_secret: Only for confidential clients.
+        window: See `RefreshingTokenSource`.
+        on_refresh: See `RefreshingTokenSource`.
+        timeout: The longest that one request to the issuer may take, in seconds.
+
+    Raises:
+        LoginRequired: No session is stored, or one of another issuer or client.
+        StoreError: The store cannot be read.
+        TypeError, ValueError: An argument is not what it should be.
+    """
+    from interceptors.oidc.client import OidcClient
+
+    client = OidcClient(issuer, client_id, client_secret=client_secret, timeout=timeout)
+    if store is None:
+        from interceptors.stores.keyring import KeyringStore
+
+        store = KeyringStore()
+    source = RefreshingTokenSource(store, client.refresh, window=window, on_refresh=on_refresh)
+    session = store.load()
+    if session is None:
+        msg = f"no session is stored in {store}: {LOGIN_HINT}"
+        raise LoginRequired(msg)
+    stored_for = (session.issuer or issuer, session.client_id or client_id)
+    if stored_for != (issuer, client_id):
+        msg = (
+            f"the session in {store} belongs to client {stored_for[1]} at {stored_for[0]}, "
+            f"not to client {client_id} at {issuer}: {LOGIN_HINT}, or use another profile"
+        )
+        raise LoginRequired(msg)
+    return source
