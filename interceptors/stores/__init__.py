@@ -1,0 +1,1 @@
+"""Where sessions are kept: one small interface, one module for each place."""
