@@ -1,0 +1,1 @@
+"""The OpenID Connect client: where sessions come from."""

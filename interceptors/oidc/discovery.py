@@ -1,0 +1,94 @@
+"""What an issuer says of itself: OpenID Connect Discovery, else RFC 8414, believed only where it is safe to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+from interceptors.errors import RefreshError
+from interceptors.oidc import http
+
+_OK: Final = 200
+_ENDPOINTS: Final = (
+    "authorization_endpoint",
+    "token_endpoint",
+    "jwks_uri",
+    "revocation_endpoint",
+    "device_authorization_endpoint",
+)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """An issuer's endpoints and abilities; None for what it does not have."""
+
+    issuer: str
+    token_endpoint: str
+    authorization_endpoint: str | None = None
+    jwks_uri: str | None = None
+    revocation_endpoint: str | None = None
+    device_authorization_endpoint: str | None = None
+    token_endpoint_auth_methods: tuple[str, ...] = ("client_secret_basic",)
+    id_token_algorithms: tuple[str, ...] = ("RS256",)
+    sends_iss: bool = False
+
+
+def discover(issuer: str, timeout: float) -> Metadata:
+    """The metadata of `issuer`.
+
+    Raises:
+        RefreshError: There is none, or none that may be believed; the message says what was expected.
+    """
+    for url in _locations(issuer):
+        response = http.request("GET", url, timeout=timeout)
+        if response.status == _OK:
+            return _checked(response.content, issuer, url)
+    msg = (
+        f"{issuer} has no discovery document at {' or '.join(_locations(issuer))}: "
+        "check the issuer's URL, it must be exactly the one that the provider names"
+    )
+    raise RefreshError(msg)
+
+
+def _locations(issuer: str) -> tuple[str, str]:
+    parts = urlsplit(issuer)
+    path = parts.path.rstrip("/")
+    # OpenID Connect Discovery appends to the issuer's path, RFC 8414 section 3.1 puts its own in front of it.
+    return (
+        urlunsplit((parts.scheme, parts.netloc, f"{path}/.well-known/openid-configuration", "", "")),
+        urlunsplit((parts.scheme, parts.netloc, f"/.well-known/oauth-authorization-server{path}", "", "")),
+    )
+
+
+def _checked(content: dict[str, Any] | None, issuer: str, url: str) -> Metadata:
+    if content is None:
+        msg = f"the discovery document {url} is not a JSON object: is {issuer} an OpenID issuer?"
+        raise RefreshError(msg)
+    if content.get("issuer") != issuer:
+        # RFC 8414 section 3.3: another issuer's document must not be used.
+        msg = f"the discovery document {url} names the issuer {content.get('issuer')!r}, expected {issuer!r}"
+        raise RefreshError(msg)
+    for name in _ENDPOINTS:
+        endpoint = content.get(name)
+        if endpoint is not None and not http.is_secure(endpoint):
+            msg = f"the discovery document {url} names the {name} {endpoint!r}, expected an https URL (http on loopback)"
+            raise RefreshError(msg)
+    if content.get("token_endpoint") is None:
+        msg = f"the discovery document {url} names no token_endpoint"
+        raise RefreshError(msg)
+    return Metadata(
+        issuer=issuer,
+        **{name: content[name] for name in _ENDPOINTS if content.get(name) is not None},
+        token_endpoint_auth_methods=_strings(
+            content.get("token_endpoint_auth_methods_supported"), ("client_secret_basic",)
+        ),
+        id_token_algorithms=_strings(content.get("id_token_signing_alg_values_supported"), ("RS256",)),
+        sends_iss=content.get("authorization_response_iss_parameter_supported") is True,
+    )
+
+
+def _strings(value: object, default: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value) and value:
+        return tuple(value)
+    return default
