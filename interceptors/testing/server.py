@@ -1,0 +1,159 @@
+"""A real server on loopback with both services, that checks each token as a resource server does."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+
+from interceptors.gen.kontext.agent.v1 import event_pb2_grpc, heartbeat_pb2_grpc
+from interceptors.testing.services import Attempt, Refused, Services
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from interceptors.testing.issuer import FakeIssuer
+
+
+class FakeServer(Services):
+    """A server for tests: it verifies each token's signature and expiry, and records every executed request.
+
+    Use it as a context manager; it serves when entered. See `Services` for what it can be told and asked.
+
+    Args:
+        issuer: Whose tokens are good.
+        verify: Instead of `issuer`: raises `TokenRefused` unless the token that it is called with is good.
+        max_workers: How many gRPC calls are served at the same time.
+    """
+
+    def __init__(
+        self,
+        issuer: FakeIssuer | None = None,
+        *,
+        verify: Callable[[str], object] | None = None,
+        max_workers: int = 64,
+    ) -> None:
+        if verify is None:
+            if issuer is None:
+                msg = "pass the FakeIssuer whose tokens are good, or verify="
+                raise TypeError(msg)
+            verify = issuer.verify
+        super().__init__(verify)
+        self._max_workers = max_workers
+        self._server: grpc.Server | None = None
+        self._port = 0
+
+    def start(self) -> Self:
+        """Starts to serve on a free port."""
+        # Several servers must not share a port, which gRPC would allow.
+        self._server = grpc.server(
+            ThreadPoolExecutor(self._max_workers, thread_name_prefix="fake-server"), options=[("grpc.so_reuseport", 0)]
+        )
+        heartbeat_pb2_grpc.add_HeartbeatServiceServicer_to_server(_Heartbeats(self), self._server)
+        event_pb2_grpc.add_EventServiceServicer_to_server(_Events(self), self._server)
+        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._server.start()
+        return self
+
+    def stop(self) -> None:
+        """Stops to serve; calls that are still running are ended."""
+        self.release()
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop(None).wait()
+
+    @property
+    def target(self) -> str:
+        """What a gRPC channel connects to."""
+        return f"127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _begin(services: Services, method: str, context: grpc.ServicerContext) -> Attempt:
+    remaining = context.time_remaining()
+    # gRPC says "about 292 years" for no deadline.
+    attempt = Attempt(
+        services,
+        method,
+        [(str(key), str(value)) for key, value in context.invocation_metadata()],
+        remaining if remaining is not None and remaining < 10**9 else None,
+    )
+    attempt.begin()
+    return attempt
+
+
+def _abort(context: grpc.ServicerContext, refused: Refused) -> None:
+    context.abort(grpc.StatusCode[refused.code], str(refused))
+
+
+class _Heartbeats(heartbeat_pb2_grpc.HeartbeatServiceServicer):
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def Heartbeat(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's names, here and below
+        return _unary(self._services, "Heartbeat", self._services.heartbeat, request, context)
+
+    def GetSession(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return _unary(self._services, "GetSession", self._services.session, request, context)
+
+    def WatchSession(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+        try:
+            attempt = _begin(self._services, "WatchSession", context)
+            attempt.took(request)
+            sequence = 0
+            while context.is_active() and not (request.max_messages and sequence >= request.max_messages):
+                sequence += 1
+                yield self._services.session_change(request, sequence)
+                attempt.sent()
+            attempt.executed()
+        except Refused as refused:
+            _abort(context, refused)
+
+
+class _Events(event_pb2_grpc.EventServiceServicer):
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def ProcessHookEvent(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return _unary(self._services, "ProcessHookEvent", self._services.decision, request, context)
+
+    def IngestEvents(self, request_iterator: Iterator[Any], context: Any) -> Any:  # noqa: N802
+        try:
+            attempt = _begin(self._services, "IngestEvents", context)
+            requests = []
+            for request in request_iterator:
+                requests.append(request)
+                attempt.received(request)
+            attempt.executed()
+            return self._services.ingested(requests)
+        except Refused as refused:
+            _abort(context, refused)
+
+    def StreamHookEvents(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
+        try:
+            attempt = _begin(self._services, "StreamHookEvents", context)
+            for request in request_iterator:
+                attempt.received(request)
+                yield self._services.streamed_decision(request)
+            attempt.executed()
+        except Refused as refused:
+            _abort(context, refused)
+
+
+def _unary(services: Services, method: str, answer: Callable[[Any], Any], request: Any, context: Any) -> Any:
+    try:
+        attempt = _begin(services, method, context)
+        attempt.received(request)
+        attempt.executed()
+        return answer(request)
+    except Refused as refused:
+        _abort(context, refused)
