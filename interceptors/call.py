@@ -148,4 +148,5 @@ def no_token(error: BaseException) -> Failure:
 
 
 def _deadline_exceeded(answer: Token | BaseException) -> Failure:
-    return Failure("DEADLINE_EXCEEDED", DEADLINE_EXCEEDED_DETAILS, answer if isinstance(answer, BaseException) else None)
+    cause = answer if isinstance(answer, BaseException) else None
+    return Failure("DEADLINE_EXCEEDED", DEADLINE_EXCEEDED_DETAILS, cause)

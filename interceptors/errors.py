@@ -14,7 +14,7 @@ class AuthError(Exception):
     """No valid token can be had. Catch this to handle every failure of authentication alike."""
 
 
-class LoginRequired(AuthError):
+class LoginRequired(AuthError):  # noqa: N818 - the name is the message
     """Only a person can help: there is no session, or its refresh token is no longer accepted.
 
     The message says how to log in. Retrying without a new login is pointless.
@@ -40,7 +40,10 @@ class StoreError(AuthError):
 
 def fresh_copy(error: E) -> E:
     """A copy of `error` to raise in one of several threads, since raising changes an exception's traceback."""
-    duplicate = copy.copy(error)
+    try:
+        duplicate = copy.copy(error)
+    except Exception:  # noqa: BLE001 - not every class that an application raises can be copied
+        return error
     duplicate.__cause__ = error.__cause__
     duplicate.__suppress_context__ = error.__suppress_context__
     return duplicate.with_traceback(None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_RETRY_AFTER_AT_MOST = 3600.0
+ON_TRIAL_SECONDS: Final = 60.0
+"""A server that refuses every token refuses a new one at once; one that is refused only after this long was good."""
+
+_RETRY_AFTER_AT_MOST: Final = 3600.0
 
 
 class Backoff:

@@ -8,16 +8,17 @@ import logging
 import random
 import threading
 import time
+import traceback
 import weakref
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self
 
-from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, StoreError, fresh_copy
+from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, fresh_copy
 from interceptors.forking import renew_after_fork
 from interceptors.freshness import freshness
-from interceptors.pacing import Backoff, CoolDown
+from interceptors.pacing import ON_TRIAL_SECONDS, Backoff, CoolDown
 from interceptors.session import Session
 from interceptors.source import TokenSource
 from interceptors.stores.base import SessionStore
@@ -32,7 +33,9 @@ _log = logging.getLogger("interceptors")
 
 _LOCK_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 1.0
+_SAVE_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 30.0
+_SHORTEST_SECRET = 8
 
 
 class Cause(enum.Enum):
@@ -69,19 +72,22 @@ class SourceStats:
         return self.proactive + self.mandatory + self.reactive
 
 
+_NEVER = float("-inf")
+_FOREVER = float("inf")
+
+
 class _Held:
     """The session in use, and the moments at which its token's freshness changes."""
 
-    __slots__ = ("due_at", "expires_at", "forced", "fresh_until", "nudge_after", "refused", "rejected", "session", "token")
+    __slots__ = ("due_at", "expires_at", "fresh_until", "on_trial_until", "refused", "rejected", "session", "token")
 
-    def __init__(self, session: Session, window: float, jitter: float, *, forced: bool) -> None:
+    def __init__(self, session: Session, window: float, jitter: float) -> None:
         self.session = session
         self.token = session.token
         self.fresh_until, self.due_at, self.expires_at = freshness(session, window, jitter)
-        self.nudge_after = self.fresh_until
-        self.forced = forced
-        self.rejected = False
-        self.refused = False
+        self.on_trial_until = _NEVER  # a refusal before this moment means that refreshing does not help
+        self.rejected = False  # a server has refused it
+        self.refused = False  # and it is not to be handed out for that
 
 
 class _Round:
@@ -109,7 +115,8 @@ class RefreshingTokenSource(TokenSource):
             raises `LoginRequired` when only a login can help; anything else that it raises counts as passing.
         window: How long before its expiry a token is refreshed; at most a quarter of the token's lifetime.
         clock: The wall clock, Unix seconds.
-        on_refresh: Called with the new session after each refresh, on the source's thread.
+        on_refresh: Called with the new session after each refresh, on the source's thread. It should be quick: callers
+            that wait for the refresh wait for it, too.
         jitter: Returns numbers in [0, 1); spreads the refreshes of many clients.
 
     Raises:
@@ -137,11 +144,11 @@ class RefreshingTokenSource(TokenSource):
         self._held: _Held | None = None
         self._seen: Session | None = None  # what the store held when it was last read or written
         self._unsaved = False  # the held session is newer than what the store holds
-        self._warned = False
+        self._untold: Session | None = None  # on_refresh has not heard of it yet
         self._dead: LoginRequired | None = None  # remembered until the store changes
         self._failure: AuthError | None = None  # the latest passing failure
         self._backoff = Backoff(jitter=jitter)
-        self._saving = Backoff(first=1.0, cap=60.0, jitter=jitter)
+        self._saving = Backoff(first=1.0, cap=_SAVE_AGAIN_SECONDS, jitter=jitter)
         self._cool_down = CoolDown()
         self._stats = SourceStats()
         self._closed = False
@@ -154,8 +161,8 @@ class RefreshingTokenSource(TokenSource):
         self._jobs: SimpleQueue[_Round | None] = SimpleQueue()
         self._round: _Round | None = None
         self._thread: threading.Thread | None = None
-        if self._held is not None:
-            self._held.nudge_after = self._held.fresh_until
+        self._nudge_after = _NEVER
+        self._untold = None
 
     # The hot path
 
@@ -169,7 +176,7 @@ class RefreshingTokenSource(TokenSource):
             return held.token
         if now >= held.due_at or held.refused or self._thread is None:
             return None
-        self._nudge(held, now)
+        self._nudge(now)
         return held.token
 
     def token(self, *, timeout: float | None = None) -> Token:
@@ -191,22 +198,25 @@ class RefreshingTokenSource(TokenSource):
             if not held.rejected:
                 held.rejected = True
                 self._stats = replace(self._stats, rejected=self._stats.rejected + 1)
-            if held.forced:
-                held.forced = False
+            if now < held.on_trial_until:
                 self._cool_down.start(now)
+            held.on_trial_until = _NEVER
             if self._cool_down.active(now):
                 return
             held.refused = True
-            held.fresh_until = float("-inf")
+            held.fresh_until = _NEVER
+            # A round that is under way may still answer with this very token.
+            self._round = None
 
     def accept(self, token: Token) -> None:
         """Notes that a token from a forced refresh has pleased a server: refreshing does help."""
         held = self._held
-        if held is None or not held.forced or held.token.value != token.value:
+        if held is None or held.on_trial_until == _NEVER or held.token.value != token.value:
             return
         with self._lock:
-            held.forced = False
-            self._cool_down.reset()
+            if held.on_trial_until != _NEVER:
+                held.on_trial_until = _NEVER
+                self._cool_down.reset()
 
     # For the application
 
@@ -244,37 +254,38 @@ class RefreshingTokenSource(TokenSource):
 
     # Waiting for the source's thread
 
-    def _nudge(self, held: _Held, now: float) -> None:
-        if now >= held.nudge_after:
+    def _nudge(self, now: float) -> None:
+        if now >= self._nudge_after:
             # A benign race: two callers at once ask twice, and the second round finds nothing to do.
-            held.nudge_after = float("inf")
+            self._nudge_after = _FOREVER
             self._jobs.put(_Round())
 
     def _token_when_ready(self, timeout: float | None) -> Token:
         with self._lock:
             now = self._clock()
             held = self._held
-            if held is not None:
-                if now < held.fresh_until:
-                    return held.token
-                if now < held.due_at and not held.refused:
-                    if not self._closed:
-                        self._start_thread()
-                        self._nudge(held, now)
-                    return held.token
-                if now < held.expires_at and self._dead is None and self._backoff.active(now):
-                    return held.token
+            if held is not None and now < held.fresh_until:
+                return held.token
+            stale = held is not None and now < held.due_at and not held.refused
+            if stale or self._patient(now):
+                if not self._closed:
+                    self._start_thread()
+                    self._nudge(now)
+                return self._token_despite(self._failure, now)
             if self._closed:
                 msg = "the token source is closed: keep it open for as long as calls are made with it"
                 raise RefreshError(msg)
-            if self._failure is not None and self._dead is None and self._backoff.active(now):
-                raise fresh_copy(self._failure)
+            if self._thread is threading.current_thread():
+                msg = (
+                    "refreshing the access token needs that access token itself: refresh and on_refresh must not use it"
+                )
+                raise RefreshError(msg)
             ours = self._round
             if ours is None:
-                ours = self._round = _Round()
                 self._start_thread()
+                ours = self._round = _Round()
                 self._jobs.put(ours)
-        if not ours.done.wait(timeout):
+        if not ours.done.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
             msg = f"the access token was not refreshed within {timeout:g} s"
             raise TimeoutError(msg)
         answer = ours.answer
@@ -283,81 +294,109 @@ class RefreshingTokenSource(TokenSource):
         assert answer is not None
         return answer
 
+    def _patient(self, now: float) -> bool:
+        """Whether it is too early to try again after a failure."""
+        return self._failure is not None and self._backoff.active(now)
+
+    def _token_despite(self, error: AuthError | None, now: float) -> Token:
+        """What callers get while refreshing fails: the present token for as long as it is of any use."""
+        held = self._held
+        # A server has the last word on a token that it has refused, unless it is known to be the last one.
+        if held is not None and now < held.expires_at and not (held.refused and self._dead is not None):
+            return held.token
+        error = self._dead or error
+        assert error is not None
+        raise fresh_copy(error)
+
     def _start_thread(self) -> None:
         if self._thread is None:
             jobs = self._jobs
             source = weakref.ref(self, lambda _: jobs.put(None))
-            self._thread = threading.Thread(
-                target=_work, args=(source, jobs), name="interceptors-token-source", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=_work, args=(source, jobs), name="interceptors-token-source", daemon=True)
+            thread.start()
+            self._thread = thread
 
     # On the source's thread
 
     def _seconds_to_next_save(self) -> float | None:
-        return max(self._saving.until - self._clock(), 0.0) if self._unsaved else None
+        if not self._unsaved:
+            return None
+        return min(max(self._saving.until - self._clock(), 0.0), _SAVE_AGAIN_SECONDS)
 
     def _run(self, ours: _Round) -> None:
-        answer: Token | AuthError
+        answer: Token | BaseException = RefreshError("refreshing the access token failed unexpectedly")
         try:
-            answer = self._next_token()
-        except LoginRequired as error:
-            answer = self._note_dead(error)
-        except AuthError as error:
-            answer = self._note_failure(error)
+            answer = self._next_token_or_error()
+            self._tell()
         except BaseException as error:  # noqa: BLE001 - the thread must live on, and nobody wait for ever
-            answer = self._note_failure(_as_refresh_error(error))
+            answer = self._as_refresh_error(error)
+        finally:
+            with self._lock:
+                if self._round is ours:
+                    self._round = None
+            ours.answer = answer
+            ours.done.set()
+
+    def _next_token_or_error(self) -> Token | AuthError:
+        failure: AuthError | None = None
+        try:
+            token = self._next_token()
+        except LoginRequired as error:
+            failure = error
+            if error is not self._dead:
+                self._count(failures=1)
+                self._dead = error
+            self._failure = None
+            self._backoff.reset()
+        except AuthError as error:
+            failure = error
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
+            failure = self._as_refresh_error(error)
         else:
             self._dead = self._failure = None
             self._backoff.reset()
-        held = self._held
-        with self._lock:
-            if held is not None:
-                look_again = self._clock() + _LOOK_AGAIN_SECONDS if self._dead else self._backoff.until
-                held.nudge_after = max(held.fresh_until, look_again)
-            ours.answer = answer
-            if self._round is ours:
-                self._round = None
-        ours.done.set()
-
-    def _note_dead(self, error: LoginRequired) -> Token | AuthError:
-        if error is not self._dead:
-            self._count(failures=1)
-            self._dead = error
-        held = self._held
-        if held is not None and not held.refused and self._clock() < held.expires_at:
-            # The refresh token is dead, the access token is not: nobody needs to know yet.
-            return held.token
-        return error
-
-    def _note_failure(self, error: AuthError) -> Token | AuthError:
+            self._nudge_after = _NEVER
+            return token
         now = self._clock()
-        if error is not self._failure:
+        if failure is not self._dead and failure is not self._failure:
             self._count(failures=1)
-            self._failure = error
-            self._backoff.fail(now, error.retry_after if isinstance(error, RefreshError) else None)
-        held = self._held
-        if held is not None and now < held.expires_at:
-            # The server has the last word on a token that it refused before.
-            return held.token
-        return error
+            self._failure = failure
+            self._backoff.fail(now, failure.retry_after if isinstance(failure, RefreshError) else None)
+        look_again = now + _LOOK_AGAIN_SECONDS
+        self._nudge_after = look_again if self._dead else min(look_again, self._backoff.until)
+        try:
+            return self._token_despite(failure, now)
+        except AuthError as error:
+            return error
 
     def _next_token(self) -> Token:
         held = self._held
-        if held is None or self._dead is not None:
-            stored = self._store.load()
-            if self._dead is not None and stored == self._seen:
-                raise self._dead
-            if held is None:
-                self._seen = stored
-                if stored is not None and self._usable(stored):
-                    return self._hold(stored, forced=False).token
-        elif self._cause(held) is None:
+        if held is not None and self._dead is None and self._cause(held) is None:
             return held.token
-        if self._failure is not None and self._backoff.active(self._clock()):
-            raise self._failure
+        patient = self._patient(self._clock())
+        if held is None or self._dead is not None or patient:
+            token = self._token_from_elsewhere(patient=patient)
+            if token is not None:
+                return token
         with self._store.lock(_LOCK_SECONDS):
             return self._refresh_under_lock()
+
+    def _token_from_elsewhere(self, *, patient: bool) -> Token | None:
+        """What the store holds, if that helps; raises what is remembered if nothing has changed since."""
+        try:
+            stored = self._store.load()
+        except Exception:
+            if patient and self._failure is not None:
+                raise self._failure.with_traceback(None) from self._failure.__cause__
+            raise
+        changed = stored != self._seen
+        if stored is not None and (changed or self._held is None) and self._usable(stored):
+            return self._adopt(stored)
+        if self._dead is not None and not changed:
+            raise self._dead.with_traceback(None) from self._dead.__cause__
+        if patient and self._failure is not None:
+            raise self._failure.with_traceback(None) from self._failure.__cause__
+        return None
 
     def _refresh_under_lock(self) -> Token:
         held = self._held
@@ -365,40 +404,51 @@ class RefreshingTokenSource(TokenSource):
         current = held.session if held else None
         try:
             stored = self._store.load()
-        except StoreError:
-            if held is None or cause is Cause.PROACTIVE:
+        except Exception:
+            if not self._unsaved:
+                # Another process may have used the refresh token meanwhile; using it twice ends the session.
                 raise
-            # Nobody else can read it either: the session lives on in memory.
             stored = self._seen
-        if stored != self._seen or (held is None and stored is not None):
-            self._unsaved = self._unsaved and stored == self._seen
-            self._seen = stored
-            current = stored
-            if stored is None:
-                self._unsaved = False
-            elif self._usable(stored, fresh=cause is Cause.PROACTIVE):
-                self._count(adoptions=1 if held else 0)
-                self._unsaved = False
-                return self._hold(stored, forced=False).token
+        if stored != self._seen or held is None:
+            self._seen = current = stored
+            self._unsaved = False
+            if stored is not None and self._usable(stored, fresh=cause is Cause.PROACTIVE):
+                return self._adopt(stored)
         try:
             session = self._refreshed(current)
         except LoginRequired:
             # A login that did not wait for the lock may have saved another session meanwhile.
-            again = self._store.load()
-            if again is None or again == self._seen:
+            if not self._has_changed():
                 raise
             return self._refresh_under_lock()
         self._count(**{cause.value: 1})
         self._save(session)
-        token = self._hold(session, forced=cause is Cause.REACTIVE).token
-        self._tell(session)
-        if token.expires_at is not None and token.expires_at <= self._clock():
-            msg = "the issuer's new access token has expired already: check this machine's clock and the token lifetime"
+        held = self._hold(session)
+        if cause is Cause.REACTIVE:
+            held.on_trial_until = self._clock() + ON_TRIAL_SECONDS
+        self._untold = session
+        if self._clock() >= held.fresh_until:
+            # Else every further call would refresh once more.
+            msg = "the issuer's new access token is about to expire: check this machine's clock and the token lifetime"
             raise RefreshError(msg)
-        return token
+        return held.token
+
+    def _has_changed(self) -> bool:
+        try:
+            stored = self._store.load()
+        except Exception:  # noqa: BLE001 - nothing is known to have changed
+            return False
+        return stored is not None and stored != self._seen
+
+    def _adopt(self, session: Session) -> Token:
+        if self._held is not None:
+            self._count(adoptions=1)
+        self._seen = session
+        self._unsaved = False
+        return self._hold(session).token
 
     def _refreshed(self, session: Session | None) -> Session:
-        refreshed = self._refresh(session)
+        refreshed: object = self._refresh(session)
         if not isinstance(refreshed, Session):
             msg = f"refresh must return a Session, it returned {type(refreshed).__name__}"
             raise RefreshError(msg)
@@ -421,24 +471,24 @@ class RefreshingTokenSource(TokenSource):
         stale_at, due_at, _ = freshness(session, self._window, 0.0)
         return self._clock() < (stale_at if fresh else due_at)
 
-    def _hold(self, session: Session, *, forced: bool) -> _Held:
-        held = self._held = _Held(session, self._window, self._jitter(), forced=forced)
+    def _hold(self, session: Session) -> _Held:
+        held = self._held = _Held(session, self._window, self._jitter())
         return held
 
     def _save(self, session: Session) -> None:
         try:
             self._store.save(session)
-        except Exception as error:  # noqa: BLE001 - the session must live on whatever the store does
-            if not self._warned:
+        except BaseException as error:  # noqa: BLE001 - the session must live on whatever the store does
+            if not self._unsaved:
                 _log.warning(
                     "the refreshed session could not be saved and lives in memory only; saving is tried again (%s)",
                     error if isinstance(error, AuthError) else type(error).__name__,
                 )
-            self._warned = self._unsaved = True
+            self._unsaved = True
             self._saving.fail(self._clock())
         else:
             self._seen = session
-            self._warned = self._unsaved = False
+            self._unsaved = False
             self._saving.reset()
 
     def _save_again(self) -> None:
@@ -452,16 +502,32 @@ class RefreshingTokenSource(TokenSource):
                 else:
                     # Somebody has logged in or out meanwhile; theirs is the newer word.
                     self._unsaved = False
-        except Exception as error:  # noqa: BLE001 - as in _save
+        except BaseException as error:  # noqa: BLE001 - as in _save
             _log.debug("the session could not be saved yet: %s", type(error).__name__)
             self._saving.fail(self._clock())
 
-    def _tell(self, session: Session) -> None:
-        if self._on_refresh is not None:
-            try:
-                self._on_refresh(session)
-            except Exception:
-                _log.exception("on_refresh failed; the refreshed session is in use all the same")
+    def _tell(self) -> None:
+        session, self._untold = self._untold, None
+        if session is None or self._on_refresh is None:
+            return
+        try:
+            self._on_refresh(session)
+        except BaseException as error:  # noqa: BLE001 - as in _run
+            # Not its text, which may hold what nobody should see.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _log.error(
+                "on_refresh failed with %s; the refreshed session is in use all the same\n%s",
+                type(error).__name__,
+                where,
+            )
+
+    def _as_refresh_error(self, error: BaseException) -> RefreshError:
+        # Its text is not ours, and may hold what nobody should see.
+        refresh_error = RefreshError(f"refreshing the access token failed with {type(error).__name__}")
+        held = self._held
+        if not _shows(error, held.session if held else None) and not _shows(error, self._seen):
+            refresh_error.__cause__ = error
+        return refresh_error
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -480,19 +546,19 @@ def _close_all() -> None:
 
 def _work(source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Round | None]) -> None:
     """What the source's thread does. It holds the source only while it works, so that one left behind is collected."""
-    while True:
+    stop = False
+    while not stop:
         source = source_of()
         if source is None:
             return
         patience = source._seconds_to_next_save()  # noqa: SLF001
-        del source
+        if patience is None:
+            del source  # else it is held until its session is saved
         try:
             job = jobs.get(timeout=patience)
+            stop = job is None
         except Empty:
             job = None
-            stop = False
-        else:
-            stop = job is None
         source = source_of()
         if source is None:
             return
@@ -500,16 +566,22 @@ def _work(source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Roun
             source._save_again()  # noqa: SLF001
         else:
             source._run(job)  # noqa: SLF001
-        del source
-        if stop:
-            return
+        del source, job
 
 
-def _as_refresh_error(error: BaseException) -> RefreshError:
-    # Its text is not ours, and may hold what nobody should see.
-    refresh_error = RefreshError(f"refreshing the access token failed with {type(error).__name__}")
-    refresh_error.__cause__ = error
-    return refresh_error
+def _shows(error: BaseException | None, session: Session | None) -> bool:
+    """Whether the text of `error`, or of what led to it, holds a token of `session`."""
+    if session is None:
+        return False
+    tokens = (session.access_token, session.refresh_token, session.id_token)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        text = f"{error!s} {error!r}"
+        if any(token in text for token in tokens if token and len(token) >= _SHORTEST_SECRET):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_arguments(store: object, refresh: object, window: object, clock: object, on_refresh: object) -> None:
@@ -517,7 +589,10 @@ def _check_arguments(store: object, refresh: object, window: object, clock: obje
         msg = f"store must be a SessionStore (KeyringStore, FileStore, MemoryStore, ...), not {type(store).__name__}"
         raise TypeError(msg)
     if not callable(refresh):
-        msg = f"refresh must be a callable Session | None -> Session, such as OidcClient(...).refresh, not {type(refresh).__name__}"
+        msg = (
+            "refresh must be a callable Session | None -> Session, such as OidcClient(...).refresh, "
+            f"not {type(refresh).__name__}"
+        )
         raise TypeError(msg)
     if not isinstance(window, timedelta):
         msg = f"window must be a datetime.timedelta, such as timedelta(minutes=15), not {type(window).__name__}"
@@ -533,7 +608,7 @@ def _check_arguments(store: object, refresh: object, window: object, clock: obje
         raise TypeError(msg)
 
 
-def open_session(  # noqa: PLR0913 - every argument is one that the parts it joins have
+def open_session(
     issuer: str,
     client_id: str,
     *,

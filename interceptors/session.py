@@ -43,10 +43,11 @@ class Session:
     email: str | None = None
 
     def __post_init__(self) -> None:
-        if self.issued_at is None:
+        issued_at: object = self.issued_at
+        if issued_at is None:
             msg = "issued_at must be Unix seconds, not None"
             raise TypeError(msg)
-        check_unix_seconds(self.issued_at, "issued_at")
+        check_unix_seconds(issued_at, "issued_at")
         _ = self.token
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from interceptors.errors import AuthError, RefreshError
 from interceptors.forking import renew_after_fork
-from interceptors.pacing import CoolDown
+from interceptors.pacing import ON_TRIAL_SECONDS, CoolDown
 from interceptors.tokens import Token
 from interceptors.waiting import waiter_of
 
@@ -42,14 +42,14 @@ class TokenSource(ABC):
         """A token that may be sent now without waiting, else None. Never blocks, does no I/O, takes no lock."""
         return None
 
-    def reject(self, token: Token) -> None:
+    def reject(self, token: Token) -> None:  # noqa: B027 - a source that cannot do better may ignore it
         """Tells that a server has refused `token`. Never blocks.
 
         Telling it twice, or after the token was replaced, changes nothing: a thousand calls that were refused with
         the same token cost one refresh.
         """
 
-    def accept(self, token: Token) -> None:
+    def accept(self, token: Token) -> None:  # noqa: B027 - as reject
         """Tells that a call which was refused before got past authentication with `token`. Never blocks.
 
         So a source can tell a server that refuses every token from one that had good reason to refuse one.
@@ -115,13 +115,15 @@ class CallableTokenSource(TokenSource):
     """
 
     def __init__(self, fn: Callable[[bool], str]) -> None:
-        if not callable(fn):
-            msg = f"fn must be a callable (force_refresh: bool) -> str, not {type(fn).__name__}"
+        given: object = fn
+        if not callable(given):
+            msg = f"fn must be a callable (force_refresh: bool) -> str, not {type(given).__name__}"
             raise TypeError(msg)
         self._fn = fn
         self._latest: Token | None = None
         self._refused: set[str] = set()
-        self._forced: Token | None = None
+        self._forced: Token | None = None  # what `fn(True)` returned, as long as no server has accepted it
+        self._on_trial_until = 0.0
         self._cool_down = CoolDown()
         self._after_fork_in_child()
         renew_after_fork(self)
@@ -137,15 +139,17 @@ class CallableTokenSource(TokenSource):
                 return self._call()
         future = waiter_of(self).request()
         try:
-            return future.result(timeout)
+            return future.result(min(timeout, threading.TIMEOUT_MAX))
         finally:
             future.cancel()
 
     def _call(self) -> Token:
         token = self._ask(force_refresh=False)
-        if token.value not in self._refused:
-            self._latest = token
-            return token
+        with self._state:
+            if token.value not in self._refused:
+                self._refused.clear()
+                self._latest = token
+                return token
         latest = self._latest
         if latest is not None and latest.value not in self._refused:
             # `fn(False)` goes on returning what was refused, but `fn(True)` has yielded a better one.
@@ -155,6 +159,9 @@ class CallableTokenSource(TokenSource):
         token = self._ask(force_refresh=True)
         with self._state:
             self._latest = self._forced = token
+            self._on_trial_until = time.monotonic() + ON_TRIAL_SECONDS
+            # `fn` has vouched for it: else each further call would force a refresh although the server may accept it.
+            self._refused.discard(token.value)
         return token
 
     def _ask(self, *, force_refresh: bool) -> Token:
@@ -177,7 +184,8 @@ class CallableTokenSource(TokenSource):
             now = time.monotonic()
             if self._forced is not None and token.value == self._forced.value:
                 self._forced = None
-                self._cool_down.start(now)
+                if now < self._on_trial_until:
+                    self._cool_down.start(now)
             self._refused.add(token.value)
 
     def accept(self, token: Token) -> None:

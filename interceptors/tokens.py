@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final
 
 AUTHORIZATION: Final = "authorization"
@@ -58,13 +58,17 @@ def check_unix_seconds(value: object, what: str) -> None:
     """Raises unless `value` is None or a finite number of Unix seconds."""
     if value is None:
         return
-    if isinstance(value, datetime.datetime):
+    if isinstance(value, datetime):
         kind = "a naive datetime" if value.tzinfo is None else "a datetime"
         msg = f"{what} must be Unix seconds (a float), not {kind}: pass the .timestamp() of a timezone-aware one"
         raise TypeError(msg)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{what} must be Unix seconds (a float) or None, not {type(value).__name__}"
         raise TypeError(msg)
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        finite = False
+    if not finite:
         msg = f"{what} must be a finite number of Unix seconds or None, not {value}"
         raise ValueError(msg)

@@ -7,7 +7,6 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from interceptors.errors import fresh_copy
 from interceptors.forking import renew_after_fork
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from interceptors.source import TokenSource
     from interceptors.tokens import Token
 
@@ -58,15 +59,16 @@ class TokenWaiter:
             raise ReferenceError(msg)
         future: Future[Token] = Future()
         if timeout is not None:
-            alarms.at(time.monotonic() + timeout, lambda: settle(future, TimeoutError("no token within the time limit")))
+            late = TimeoutError("no token within the time limit")
+            alarms.at(time.monotonic() + timeout, lambda: settle(future, late))
         with self._condition:
-            # The source rides along, so that it lives for as long as somebody waits for it.
-            self._waiting.append((source, future))
             if self._running:
                 self._condition.notify()
             else:
-                self._running = True
                 threading.Thread(target=self._serve, name="interceptors-token-waiter", daemon=True).start()
+                self._running = True
+            # The source rides along, so that it lives for as long as somebody waits for it.
+            self._waiting.append((source, future))
         return future
 
     def _serve(self) -> None:
@@ -78,13 +80,24 @@ class TokenWaiter:
                 if not batch:
                     self._running = False
                     return
-            answer: Token | BaseException
-            try:
-                answer = batch[0][0].token()
-            except BaseException as error:  # noqa: BLE001 - it is handed to those who wait
-                answer = error
-            while batch:
-                settle(batch.pop()[1], answer)
+            _answer(batch)
+            del batch
+
+
+def _answer(batch: list[tuple[TokenSource, Future[Token]]]) -> None:
+    if all(future.done() for _, future in batch):
+        return  # nobody waits any more
+    answer: Token | BaseException
+    try:
+        answer = batch[0][0].token()
+    except StopIteration as error:
+        # A future cannot carry it: what awaits one is a generator.
+        answer = RuntimeError("the token source raised StopIteration")
+        answer.__cause__ = error
+    except BaseException as error:  # noqa: BLE001 - it is handed to those who wait
+        answer = error
+    for _, future in batch:
+        settle(future, answer)
 
 
 def settle(future: Future[Any], answer: object) -> None:
@@ -116,8 +129,8 @@ class Alarms:
         with self._condition:
             heapq.heappush(self._due, (when, next(self._order), ring))
             if not self._running:
-                self._running = True
                 threading.Thread(target=self._serve, name="interceptors-alarms", daemon=True).start()
+                self._running = True
             elif self._due[0][2] is ring:
                 self._condition.notify()
 
@@ -130,7 +143,7 @@ class Alarms:
                 when, _, ring = self._due[0]
                 early = when - time.monotonic()
                 if early > 0:
-                    self._condition.wait(early)
+                    self._condition.wait(min(early, threading.TIMEOUT_MAX))
                     continue
                 heapq.heappop(self._due)
             ring()
