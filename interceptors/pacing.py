@@ -51,7 +51,8 @@ class Backoff:
 class CoolDown:
     """The time in which rejections no longer force a refresh: doubles from `first` up to `cap` seconds.
 
-    After a quiet time of four times the last cool-down it starts afresh. Pure: the caller brings the time.
+    After `cap` quiet seconds it starts afresh; less would never double for a client that calls seldom. Pure: the
+    caller brings the time.
     """
 
     def __init__(self, first: float = 1.0, cap: float = 300.0) -> None:
@@ -65,7 +66,7 @@ class CoolDown:
         """A token that a refusal had forced was refused as well."""
         if self.active(now):
             return
-        quiet = now - self._until > 4 * max(self._seconds, self._first)
+        quiet = now - self._until > self._cap
         self._seconds = self._first if quiet or not self._seconds else min(self._cap, self._seconds * 2)
         self._started = now
         self._until = now + self._seconds
