@@ -61,6 +61,22 @@ class RequestLog(Generic[M]):
             if self._bytes > self._limit:
                 self.free()
 
+    def pass_on(self, message: M, size: int) -> bool:
+        """A message of `size` bytes was pulled and is sent by the present attempt at once; only if none is `ahead`.
+
+        Returns whether a second attempt is still possible.
+        """
+        self._sent += 1
+        if self._keeping is _Keeping.AHEAD:
+            self._start += 1
+            return False
+        self._messages.append(message)
+        self._bytes += size
+        if self._bytes > self._limit:
+            self.free()
+            return False
+        return True
+
     def next(self) -> M:
         """The next message for the present attempt; only if `ahead`."""
         message = self._messages[self._sent - self._start]
@@ -94,89 +110,86 @@ class ReplayableRequests(Generic[R, M]):
 
     Args:
         requests: The caller's iterator.
-        prepare: Turns a request into what is kept and sent, and its size in bytes.
+        prepare: Turns a request into what is kept and sent.
+        size: The size in bytes of what `prepare` returns.
         limit: See `RequestLog`.
     """
 
-    def __init__(self, requests: Iterator[R], prepare: Callable[[R], tuple[M, int]], limit: int) -> None:
+    __slots__ = ("_attempt", "_changing", "_log", "_prepare", "_pulling", "_requests", "_size")
+
+    def __init__(
+        self, requests: Iterator[R], prepare: Callable[[R], M], size: Callable[[M], int], limit: int
+    ) -> None:
         self._requests = requests
         self._prepare = prepare
+        self._size = size
         self._log: RequestLog[M] = RequestLog(limit)
-        self._changed = threading.Condition(threading.Lock())
-        self._pulling = False
-        self._attempt: _Attempt[R, M] | None = None
+        self._attempt = 0  # the number of the present attempt; no attempt's once the call is over
+        self._pulling = threading.Lock()  # held inside the caller's next()
+        self._changing = threading.Lock()  # held for moments, while the log or the attempt changes
 
     def attempt(self) -> Iterator[M]:
-        """What the first attempt is to send."""
-        self._attempt = _Attempt(self)
-        return self._attempt
+        """What the present attempt is to send."""
+        return self._messages(self._attempt)
 
     def rewind(self) -> bool:
         """Ends the present attempt's iterator and keeps everything for another; False if not all is there any more."""
-        with self._changed:
-            self._attempt = None
-            self._changed.notify_all()
+        with self._changing:
+            self._attempt += 1
             return self._log.rewind()
 
     def free(self) -> None:
         """No further attempt will be made: the buffer is given back."""
-        with self._changed:
+        with self._changing:
             self._log.free()
 
     def stop(self) -> None:
         """Ends the pulling of requests: the call is over."""
-        with self._changed:
-            self._attempt = None
-            self._changed.notify_all()
+        self._attempt += 1
 
-    def _next(self, attempt: _Attempt[R, M]) -> M:
-        log = self._log
-        while True:
-            with self._changed:
-                if self._attempt is not attempt:
-                    raise StopIteration
-                if log.ahead:
-                    return log.next()
-                if log.error is not None:
-                    raise log.error
-                if log.exhausted:
-                    raise StopIteration
-                if self._pulling:
-                    self._changed.wait()
-                    continue
-                self._pulling = True
-            self._pull()
-
-    def _pull(self) -> None:
-        message: M | None = None
-        size = 0
-        error: BaseException | None = None
-        try:
-            message, size = self._prepare(next(self._requests))
-        except BaseException as raised:  # noqa: BLE001 - it is raised where the message would have been sent
-            error = raised
-        with self._changed:
-            self._pulling = False
-            if error is None:
-                self._log.append(message, size)  # type: ignore[arg-type]
-            elif isinstance(error, StopIteration):
-                self._log.exhausted = True
-            else:
-                self._log.error = error
-            self._changed.notify_all()
-
-
-class _Attempt(Generic[R, M]):
-    __slots__ = ("_requests",)
-
-    def __init__(self, requests: ReplayableRequests[R, M]) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[M]:
-        return self
-
-    def __next__(self) -> M:
-        return self._requests._next(self)  # noqa: SLF001
+    def _messages(self, attempt: int) -> Iterator[M]:
+        log, requests, prepare, size = self._log, self._requests, self._prepare, self._size
+        # What the attempt before has sent; and what it was about to send, if it was inside next() when it died.
+        while self._attempt == attempt:
+            with self._changing:
+                message, ahead = (log.next(), True) if log.ahead else (None, False)
+            if ahead:
+                yield message  # type: ignore[misc]
+                continue
+            with self._pulling:
+                if not log.ahead:
+                    break
+        # While a further attempt is possible, it has to wait for the message that is being pulled.
+        replayable = log.replayable
+        while replayable and self._attempt == attempt:
+            with self._pulling:
+                if self._attempt != attempt:
+                    return
+                try:
+                    message = prepare(next(requests))
+                except StopIteration:
+                    log.exhausted = True
+                    return
+                except BaseException as error:
+                    log.error = error
+                    raise
+                with self._changing:
+                    if self._attempt != attempt:
+                        log.append(message, 0)
+                        return
+                    replayable = log.pass_on(message, size(message))
+            yield message
+        # There will be none, and no earlier one is inside next(): nothing needs to be guarded any more.
+        while self._attempt == attempt:
+            if log.error is not None:
+                raise log.error
+            if log.exhausted:
+                return
+            try:
+                message = prepare(next(requests))
+            except StopIteration:
+                return
+            yield message
 
 
 class AsyncReplayableRequests(Generic[R, M]):
@@ -187,13 +200,17 @@ class AsyncReplayableRequests(Generic[R, M]):
 
     Args:
         requests: The caller's async iterator.
-        prepare: Turns a request into what is kept and sent, and its size in bytes.
+        prepare: Turns a request into what is kept and sent.
+        size: The size in bytes of what `prepare` returns.
         limit: See `RequestLog`.
     """
 
-    def __init__(self, requests: AsyncIterator[R], prepare: Callable[[R], tuple[M, int]], limit: int) -> None:
+    def __init__(
+        self, requests: AsyncIterator[R], prepare: Callable[[R], M], size: Callable[[M], int], limit: int
+    ) -> None:
         self._requests = requests
         self._prepare = prepare
+        self._size = size
         self._log: RequestLog[M] = RequestLog(limit)
         self._pulling: asyncio.Task[None] | None = None
         self._attempt: _AsyncAttempt[R, M] | None = None
@@ -237,13 +254,13 @@ class AsyncReplayableRequests(Generic[R, M]):
 
     async def _pull(self) -> None:
         try:
-            message, size = self._prepare(await anext(self._requests))
+            message = self._prepare(await anext(self._requests))
         except StopAsyncIteration:
             self._log.exhausted = True
         except BaseException as raised:  # noqa: BLE001 - it is raised where the message would have been sent
             self._log.error = raised
         else:
-            self._log.append(message, size)
+            self._log.append(message, self._size(message))
         finally:
             self._pulling = None
 

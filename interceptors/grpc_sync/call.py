@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import grpc
 
@@ -69,6 +69,9 @@ class LocalError(grpc.RpcError, grpc.Call):  # type: ignore[misc]
 
     def is_active(self) -> bool:
         return False
+
+    def __next__(self) -> NoReturn:
+        raise self
 
     def time_remaining(self) -> float:
         return 0.0
@@ -299,8 +302,6 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[
         if attempt is None:
             attempt = self._after(None)
         while True:
-            if isinstance(attempt, LocalError):
-                raise self from self.__cause__
             try:
                 response = next(attempt)
             except grpc.RpcError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import grpc
@@ -49,7 +50,7 @@ class AuthenticatedChannel(grpc.Channel):  # type: ignore[misc]
         make = getattr(self._channel, kind)
         if type(self._channel) is _NATIVE_CHANNEL:
             # Serialising here and not beneath costs nothing more, and what is replayed is what was sent.
-            return make(method, None, deserializer, **options), _serializing(serializer)
+            return make(method, None, deserializer, **options), serializer or _as_it_is
         # Interceptors and test channels beneath want to see the message.
         return make(method, serializer, deserializer, **options), _snapshot
 
@@ -137,7 +138,28 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.UnaryUnaryMultiCallable.__call__`."""
-        return self._blocking(self._inner, request, timeout, metadata, credentials, wait_for_ready, compression)
+        token = self._peek()
+        if token is None or metadata is not None or credentials is not None:
+            return self._blocking(self._inner, request, timeout, metadata, credentials, wait_for_ready, compression)
+        # The hot path: `_blocking` without what a fresh token and no metadata of the caller's do not need.
+        deadline = None if timeout is None else monotonic() + timeout
+        try:
+            message = self._prepare(request)
+        except Exception:  # noqa: BLE001 - it ends the call
+            message = unserialisable()
+        try:
+            if wait_for_ready is None and compression is None:
+                return self._inner(message, timeout, token.metadata)
+            return self._inner(message, timeout, token.metadata, None, wait_for_ready, compression)
+        except grpc.RpcError as error:
+            if error.code() is not UNAUTHENTICATED:
+                raise
+            refusal = error
+        try:
+            start = functools.partial(_invoke, self._inner, message, wait_for_ready, compression)
+            return self._again(start, None, token, deadline, refusal)
+        finally:
+            del refusal  # breaks the cycle of error, traceback and this frame
 
     def with_call(
         self,
@@ -162,34 +184,36 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
         wait_for_ready: bool | None,
         compression: Any,
     ) -> Any:
-        message = self._prepare(request)
-        options = (
-            _NO_OPTIONS if wait_for_ready is None and compression is None else (None, wait_for_ready, compression)
-        )
-        if metadata is not None:
-            metadata = tuple(metadata)
+        message = prepared(self._prepare, request)
+        start = functools.partial(_invoke, invoke, message, wait_for_ready, compression)
+        metadata = None if metadata is None else tuple(metadata)
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
-            return invoke(message, timeout, metadata, credentials, *options[1:])
+            return start(timeout, metadata, credentials)
+        deadline = deadline_of(timeout)
         token = self._peek()
-        deadline = None if timeout is None else deadline_of(timeout)
         if token is None:
             token, timeout = first_token(Call(self._source, deadline))
         try:
-            return invoke(message, timeout, metadata + token.metadata if metadata else token.metadata, *options)
+            return _start_attempt(start, metadata, token, timeout)
         except grpc.RpcError as error:
             if error.code() is not UNAUTHENTICATED:
                 raise
             refusal = error
-        except ValueError as error:
-            raise redacted(error, token) from None
-
-        def again(token: Token, timeout: float | None) -> Any:
-            return invoke(message, timeout, attached(token, metadata), *options)
-
         try:
-            return invoke_again(Call(self._source, deadline), token, refusal, again)
+            return self._again(start, metadata, token, deadline, refusal)
         finally:
-            del refusal  # breaks the cycle of error, traceback and this frame
+            del refusal
+
+    def _again(
+        self,
+        start: Callable[[float | None, Any, Any], Any],
+        metadata: tuple[Any, ...] | None,
+        token: Token,
+        deadline: float | None,
+        refusal: grpc.RpcError,
+    ) -> Any:
+        attempt = functools.partial(_start_attempt, start, metadata)
+        return invoke_again(Call(self._source, deadline), token, refusal, attempt)
 
     def future(
         self,
@@ -201,7 +225,7 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.UnaryUnaryMultiCallable.future`. Does not wait for a token."""
-        message = self._prepare(request)
+        message = prepared(self._prepare, request)
         return start_call(
             self._source,
             functools.partial(_invoke, self._inner.future, message, wait_for_ready, compression),
@@ -231,7 +255,7 @@ class UnaryStream(grpc.UnaryStreamMultiCallable):  # type: ignore[misc]
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.UnaryStreamMultiCallable.__call__`. Does not wait for a token."""
-        message = self._prepare(request)
+        message = prepared(self._prepare, request)
         return start_call(
             self._source,
             functools.partial(_invoke, self._inner, message, wait_for_ready, compression),
@@ -380,7 +404,7 @@ def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: i
     """One of a stub's multicallables, with tokens; for `interceptors.intercept_stub`."""
     prepare: Callable[[Any], Any] = _snapshot
     if type(inner).__module__ == "grpc._channel" and hasattr(inner, "_request_serializer"):
-        prepare = _serializing(inner._request_serializer)  # noqa: SLF001 - a stub has no public way to its serialisers
+        prepare = inner._request_serializer or _as_it_is  # noqa: SLF001 - a stub has no public way to its serialisers
         inner = copy.copy(inner)
         inner._request_serializer = None  # noqa: SLF001
     # By name first: grpc_testing's UnaryStream says that it is a StreamStreamMultiCallable.
@@ -476,16 +500,25 @@ def start_streaming_call(
     return call
 
 
+def prepared(prepare: Callable[[Any], Any], request: Any) -> Any:
+    """What is sent for `request`."""
+    try:
+        return prepare(request)
+    except Exception:  # noqa: BLE001 - it ends the call
+        return unserialisable()
+
+
 def replayable(
     request_iterator: Iterator[Any], prepare: Callable[[Any], Any], limit: int
 ) -> ReplayableRequests[Any, Any]:
     """The caller's requests, kept as `prepare` makes them."""
+    if prepare is _snapshot:
+        return ReplayableRequests(request_iterator, prepare, size_of, limit)
+    return ReplayableRequests(request_iterator, functools.partial(prepared, prepare), _length, limit)
 
-    def sized(request: Any) -> tuple[Any, int]:
-        message = prepare(request)
-        return message, size_of(message)
 
-    return ReplayableRequests(request_iterator, sized, limit)
+def _length(message: Any) -> int:
+    return 0 if message is None else len(message)
 
 
 def attached(token: Token, metadata: tuple[Any, ...] | None) -> Any:
@@ -496,9 +529,6 @@ def attached(token: Token, metadata: tuple[Any, ...] | None) -> Any:
 def redacted(error: ValueError, token: Token) -> ValueError:
     """`error` without the token, which gRPC shows when other metadata is invalid."""
     return ValueError(*(arg.replace(token.value, "***") if isinstance(arg, str) else arg for arg in error.args))
-
-
-_NO_OPTIONS: Final = ()
 
 
 def _invoke(
@@ -547,19 +577,9 @@ def _start_streaming_attempt(
     return _start_attempt(functools.partial(invoke, requests.attempt()), metadata, token, timeout)
 
 
-def _serializing(serializer: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
-    if serializer is None:
-        return _as_it_is
-
-    def serialize(request: Any) -> Any:
-        try:
-            return serializer(request)
-        except Exception:
-            # gRPC ends a call whose request is None with INTERNAL, as when its own serialising fails.
-            _log.exception("Exception serializing message!")
-            return None
-
-    return serialize
+def unserialisable() -> None:
+    """What is sent for a request that cannot be serialised: gRPC ends the call with INTERNAL, as when itself fails to."""
+    _log.exception("Exception serializing message!")
 
 
 def _as_it_is(request: Any) -> Any:

@@ -9,12 +9,12 @@ import grpc
 from interceptors.call import REPLAY_LIMIT, Call, carries_own_authorization, deadline_of
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_sync.call import AuthenticatedCall, is_done
-from interceptors.grpc_sync.channel import UNAUTHENTICATED, attached, redacted, replayable
+from interceptors.grpc_sync.channel import UNAUTHENTICATED, attached, redacted
+from interceptors.replay import ReplayableRequests, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from interceptors.replay import ReplayableRequests
     from interceptors.source import TokenSource
     from interceptors.tokens import Token
 
@@ -77,7 +77,7 @@ class BearerInterceptor(
         return self._intercept_stream(continuation, client_call_details, request_iterator)
 
     def _intercept_stream(self, continuation: Callable[[Any, Any], Any], details: Any, requests: Iterator[Any]) -> Any:
-        kept = replayable(requests, lambda request: request, self._replay_limit)
+        kept = ReplayableRequests(requests, _as_it_is, size_of, self._replay_limit)
         return self._intercept(lambda details, _: continuation(details, kept.attempt()), details, None, kept)
 
     def _intercept(
@@ -113,6 +113,10 @@ class BearerInterceptor(
             return outcome
         handle.adopt(token, outcome)
         return handle
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
 
 
 class _Fields(NamedTuple):
