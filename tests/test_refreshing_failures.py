@@ -352,7 +352,7 @@ def test_a_login_that_was_saved_while_the_old_session_was_found_to_have_ended_is
 
 def test_a_session_that_has_ended_is_not_presented_again_because_the_store_cannot_be_read():
     with expired_world() as world:
-        source = world.warm_source() if False else world.source()
+        source = world.source()
 
         def ended(_):
             world.store.failing["load"] = StoreError("unreadable")

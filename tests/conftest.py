@@ -1,0 +1,77 @@
+"""What the tests are about: an issuer, a server, a session, a source; and parts that a machine may lack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+import pytest
+
+from interceptors import MemoryStore, OidcClient, RefreshingTokenSource, Session
+from interceptors.testing import FakeIssuer, FakeServer
+
+REQUIRE_ALL = os.environ.get("INTERCEPTORS_REQUIRE_ALL") == "1"
+
+
+def requires(program: str) -> str:
+    """The path of an optional program; skips the test if this machine lacks it, and fails it where all must be there."""
+    path = shutil.which(program)
+    if path is None:
+        reason = f"{program} is not installed"
+        if REQUIRE_ALL:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+class FakeClock:
+    """A wall clock that stands still until it is told to move."""
+
+    def __init__(self, now: float = 1_800_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def issuer():
+    with FakeIssuer() as issuer:
+        yield issuer
+
+
+@pytest.fixture
+def server(issuer):
+    with FakeServer(issuer) as server:
+        yield server
+
+
+@pytest.fixture
+def source(issuer):
+    client = OidcClient(issuer.url, issuer.client_id)
+    with RefreshingTokenSource(MemoryStore(issuer.session()), client.refresh) as source:
+        source.token()
+        yield source
+
+
+def session_of(name: str, now: float, lifetime: float | None = 3600.0, **more) -> Session:
+    return Session(
+        access_token=name, issued_at=now, expires_at=None if lifetime is None else now + lifetime, refresh_token="r", **more
+    )
+
+
+def eventually(condition, timeout: float = 10.0) -> None:
+    """Waits for what another thread is about to do and tells nobody of."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)
