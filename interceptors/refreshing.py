@@ -324,62 +324,81 @@ class RefreshingTokenSource(TokenSource):
         return min(max(self._saving.until - self._clock(), 0.0), _SAVE_AGAIN_SECONDS)
 
     def _run(self, ours: _Round) -> None:
+        answer: Token | BaseException = RefreshError("refreshing the access token failed unexpectedly")
         try:
-            self._renew()
-        except LoginRequired as error:
-            self._count(failures=1)
-            self._dead = error
-        except AuthError as error:
-            self._note_failure(error)
+            answer = self._next_token_or_error()
+            self._tell()
         except BaseException as error:  # noqa: BLE001 - the thread must live on, and nobody wait for ever
-            self._note_failure(_as_refresh_error(error))
-        held = self._held
-        with self._lock:
-            if held is not None:
-                look_again = self._clock() + _LOOK_AGAIN_SECONDS if self._dead else self._backoff.until
-                held.nudge_after = max(held.fresh_until, look_again)
-            ours.answer = self._answer()
-            if self._round is ours:
-                self._round = None
-        ours.done.set()
+            answer = self._as_refresh_error(error)
+        finally:
+            with self._lock:
+                if self._round is ours:
+                    self._round = None
+            ours.answer = answer
+            ours.done.set()
 
-    def _answer(self) -> Token | AuthError:
-        held = self._held
-        works = held is not None and self._clock() < held.expires_at
-        if self._dead is not None:
-            # The refresh token is dead; while the access token is not, nobody needs to know yet.
-            return held.token if held is not None and works and not held.refused else self._dead
-        if self._failure is not None:
-            # The server has the last word on a token that it refused before.
-            return held.token if held is not None and works else self._failure
-        assert held is not None
-        return held.token
+    def _next_token_or_error(self) -> Token | AuthError:
+        failure: AuthError | None = None
+        try:
+            token = self._next_token()
+        except LoginRequired as error:
+            failure = error
+            if error is not self._dead:
+                self._count(failures=1)
+                self._dead = error
+            self._failure = None
+            self._backoff.reset()
+        except AuthError as error:
+            failure = error
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
+            failure = self._as_refresh_error(error)
+        else:
+            self._dead = self._failure = None
+            self._backoff.reset()
+            self._nudge_after = _NEVER
+            return token
+        now = self._clock()
+        if failure is not self._dead and failure is not self._failure:
+            self._count(failures=1)
+            self._failure = failure
+            self._backoff.fail(now, failure.retry_after if isinstance(failure, RefreshError) else None)
+        look_again = now + _LOOK_AGAIN_SECONDS
+        self._nudge_after = look_again if self._dead else min(look_again, self._backoff.until)
+        try:
+            return self._token_despite(failure, now)
+        except AuthError as error:
+            return error
 
-    def _note_failure(self, error: AuthError) -> None:
-        self._count(failures=1)
-        self._failure = error
-        self._backoff.fail(self._clock(), error.retry_after if isinstance(error, RefreshError) else None)
-
-    def _renew(self) -> None:
-        """Gets a better token, unless there is a reason not to try: a fresh one, back-off, a session known to be dead."""
+    def _next_token(self) -> Token:
         held = self._held
-        if held is None or self._dead is not None:
-            stored = self._store.load()
-            if self._dead is not None and stored == self._seen:
-                return
-            if held is None:
-                self._seen = stored
-                if stored is not None and self._usable(stored):
-                    self._hold(stored, forced=False)
-                    return
-        elif self._cause(held) is None:
-            return
-        if self._dead is None and self._failure is not None and self._backoff.active(self._clock()):
-            return
+        if held is not None and self._dead is None and self._cause(held) is None:
+            return held.token
+        patient = self._patient(self._clock())
+        if held is None or self._dead is not None or patient:
+            token = self._token_from_elsewhere(patient=patient)
+            if token is not None:
+                return token
         with self._store.lock(_LOCK_SECONDS):
-            self._refresh_under_lock()
+            return self._refresh_under_lock()
 
-    def _refresh_under_lock(self) -> None:
+    def _token_from_elsewhere(self, *, patient: bool) -> Token | None:
+        """What the store holds, if that helps; raises what is remembered if nothing has changed since."""
+        try:
+            stored = self._store.load()
+        except Exception:
+            if patient and self._failure is not None:
+                raise self._failure.with_traceback(None) from self._failure.__cause__
+            raise
+        changed = stored != self._seen
+        if stored is not None and (changed or self._held is None) and self._usable(stored):
+            return self._adopt(stored)
+        if self._dead is not None and not changed:
+            raise self._dead.with_traceback(None) from self._dead.__cause__
+        if patient and self._failure is not None:
+            raise self._failure.with_traceback(None) from self._failure.__cause__
+        return None
+
+    def _refresh_under_lock(self) -> Token:
         held = self._held
         cause = self._cause(held) or Cause.PROACTIVE
         current = held.session if held else None
@@ -401,8 +420,7 @@ class RefreshingTokenSource(TokenSource):
             # A login that did not wait for the lock may have saved another session meanwhile.
             if not self._has_changed():
                 raise
-            self._refresh_under_lock()
-            return
+            return self._refresh_under_lock()
         self._count(**{cause.value: 1})
         self._save(session)
         held = self._hold(session)
