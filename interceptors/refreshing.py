@@ -448,7 +448,11 @@ class RefreshingTokenSource(TokenSource):
         return self._hold(session).token
 
     def _refreshed(self, session: Session | None) -> Session:
-        refreshed: object = self._refresh(session)
+        try:
+            refreshed: object = self._refresh(session)
+        except AuthError as error:
+            # Who raises the same object again has failed again.
+            raise fresh_copy(error) from error.__cause__
         if not isinstance(refreshed, Session):
             msg = f"refresh must return a Session, it returned {type(refreshed).__name__}"
             raise RefreshError(msg)
