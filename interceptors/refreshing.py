@@ -90,6 +90,10 @@ class _Held:
         self.refused = False  # and it is not to be handed out for that
 
 
+class _NothingNew(Exception):  # noqa: N818 - no error but a finding
+    """What failed before would fail again: it is too early, or pointless until the store changes."""
+
+
 class _Round:
     """One pass of the source's thread, and what came of it for all who wait for it."""
 
@@ -338,36 +342,36 @@ class RefreshingTokenSource(TokenSource):
             ours.done.set()
 
     def _next_token_or_error(self) -> Token | AuthError:
-        failure: AuthError | None = None
         try:
             token = self._next_token()
+        except _NothingNew:
+            pass
         except LoginRequired as error:
-            failure = error
-            if error is not self._dead:
-                self._count(failures=1)
-                self._dead = error
+            self._count(failures=1)
+            self._dead = error
             self._failure = None
             self._backoff.reset()
         except AuthError as error:
-            failure = error
+            self._note_failure(error)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
-            failure = self._as_refresh_error(error)
+            self._note_failure(self._as_refresh_error(error))
         else:
             self._dead = self._failure = None
             self._backoff.reset()
             self._nudge_after = _NEVER
             return token
         now = self._clock()
-        if failure is not self._dead and failure is not self._failure:
-            self._count(failures=1)
-            self._failure = failure
-            self._backoff.fail(now, failure.retry_after if isinstance(failure, RefreshError) else None)
         look_again = now + _LOOK_AGAIN_SECONDS
         self._nudge_after = look_again if self._dead else min(look_again, self._backoff.until)
         try:
-            return self._token_despite(failure, now)
+            return self._token_despite(self._failure, now)
         except AuthError as error:
             return error
+
+    def _note_failure(self, error: AuthError) -> None:
+        self._count(failures=1)
+        self._failure = error
+        self._backoff.fail(self._clock(), error.retry_after if isinstance(error, RefreshError) else None)
 
     def _next_token(self) -> Token:
         held = self._held
@@ -382,20 +386,18 @@ class RefreshingTokenSource(TokenSource):
             return self._refresh_under_lock()
 
     def _token_from_elsewhere(self, *, patient: bool) -> Token | None:
-        """What the store holds, if that helps; raises what is remembered if nothing has changed since."""
+        """What the store holds, if that helps; `_NothingNew` if it does not, nor would asking the issuer."""
         try:
             stored = self._store.load()
         except Exception:
-            if patient and self._failure is not None:
-                raise self._failure.with_traceback(None) from self._failure.__cause__
+            if patient:
+                raise _NothingNew from None
             raise
         changed = stored != self._seen
         if stored is not None and (changed or self._held is None) and self._usable(stored):
             return self._adopt(stored)
-        if self._dead is not None and not changed:
-            raise self._dead.with_traceback(None) from self._dead.__cause__
-        if patient and self._failure is not None:
-            raise self._failure.with_traceback(None) from self._failure.__cause__
+        if patient or (self._dead is not None and not changed):
+            raise _NothingNew
         return None
 
     def _refresh_under_lock(self) -> Token:
@@ -448,11 +450,7 @@ class RefreshingTokenSource(TokenSource):
         return self._hold(session).token
 
     def _refreshed(self, session: Session | None) -> Session:
-        try:
-            refreshed: object = self._refresh(session)
-        except AuthError as error:
-            # Who raises the same object again has failed again.
-            raise fresh_copy(error) from error.__cause__
+        refreshed: object = self._refresh(session)
         if not isinstance(refreshed, Session):
             msg = f"refresh must return a Session, it returned {type(refreshed).__name__}"
             raise RefreshError(msg)
@@ -486,7 +484,7 @@ class RefreshingTokenSource(TokenSource):
             if not self._unsaved:
                 _log.warning(
                     "the refreshed session could not be saved and lives in memory only; saving is tried again (%s)",
-                    error if isinstance(error, AuthError) else type(error).__name__,
+                    str(error) if isinstance(error, AuthError) else type(error).__name__,
                 )
             self._unsaved = True
             self._saving.fail(self._clock())

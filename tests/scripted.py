@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from fake_clock import FakeClock
+from conftest import FakeClock, eventually
+
 from interceptors import RefreshingTokenSource, Session, SessionStore, Token
 
 if TYPE_CHECKING:
@@ -34,14 +34,6 @@ def a_session(clock: Callable[[], float], number: int = 0, *, lifetime: float | 
         subject="ada",
         **more,
     )
-
-
-def eventually(condition: Callable[[], object], what: str = "the condition") -> None:
-    """Waits until `condition()` is true."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        time.sleep(0.002)
 
 
 class ScriptedIssuer:
@@ -128,7 +120,7 @@ class ScriptedStore(SessionStore):
 class World:
     """One clock, one store, one issuer, and the sources over them, which are closed in the end."""
 
-    def __init__(self, session: Session | None | str = "fresh", lifetime: float | None = 3600.0) -> None:
+    def __init__(self, session: Session | str | None = "fresh", lifetime: float | None = 3600.0) -> None:
         self.clock = FakeClock()
         self.issuer = ScriptedIssuer(self.clock, lifetime)
         first = a_session(self.clock, lifetime=lifetime) if isinstance(session, str) else session
@@ -146,7 +138,7 @@ class World:
         source.token(timeout=PATIENCE)
         return source
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,7 +147,7 @@ class World:
 
 def settled(source: RefreshingTokenSource) -> None:
     """Waits until the source's thread has dealt with all that was asked of it."""
-    eventually(lambda: source._nudge_after != float("inf") and source._round is None, "the source's rest")
+    eventually(lambda: source._nudge_after != float("inf") and source._round is None)
 
 
 def value(number: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
+from conftest import eventually
 from scripted import (
     PATIENCE,
     World,
     a_session,
-    eventually,
     in_background,
     in_threads,
     settled,
@@ -20,7 +21,7 @@ from scripted import (
 from interceptors import AuthError, LoginRequired, RefreshError, StoreError
 
 
-class Odd(Exception):
+class OddError(Exception):
     """Cannot be copied: its argument is by keyword only."""
 
     def __init__(self, *, why):
@@ -42,7 +43,7 @@ def expired_world(**options):
         RefreshError("the issuer is down"),
         ConnectionError("refused"),
         TimeoutError("too slow"),
-        Odd(why="odd"),
+        OddError(why="odd"),
         StopIteration("odd"),
         KeyboardInterrupt(),
         SystemExit(3),
@@ -50,10 +51,8 @@ def expired_world(**options):
         None,
         "a-token",
         {"access_token": "a"},
-        lambda _: 1 / 0,
-        lambda _: a_session(lambda: 0.0)._asdict(),
     ],
-    ids=repr,
+    ids=lambda failure: type(failure).__name__,
 )
 def test_whatever_refresh_does_callers_get_an_auth_error_and_the_next_attempt_may_succeed(failure):
     with expired_world() as world:
@@ -97,7 +96,7 @@ def test_when_the_issuer_hangs_those_who_wait_share_one_timeout():
         source = world.source()
         world.issuer.script.append(RefreshError("the issuer hangs"))
         with world.issuer.closed_gate():
-            waiting = [in_background(lambda: source.token()) for _ in range(20)]
+            waiting = [in_background(source.token) for _ in range(20)]
             world.issuer.wait_for_request()
         for wait in waiting:
             with pytest.raises(RefreshError, match="hangs"):
@@ -117,9 +116,9 @@ def test_attempts_are_spread_over_a_long_outage():
             if len(world.issuer.asked) > asked:
                 moments.append(world.clock())
             world.clock.advance(0.125)
-        gaps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(moments)]
         assert gaps[0] <= 0.5
-        assert all(later >= earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+        assert all(later >= earlier for earlier, later in pairwise(gaps))
         assert 20 <= gaps[-1] <= 30.2
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 import pytest
-from scripted import PATIENCE, World, a_session, eventually, in_background, in_threads, settled, value, values
+from conftest import eventually
+from scripted import PATIENCE, World, a_session, in_background, in_threads, settled, value, values
 
 from interceptors import LoginRequired, RefreshError, StoreError, Token
 

@@ -7,7 +7,7 @@ import logging
 import threading
 
 import pytest
-from fake_clock import FakeClock
+from conftest import FakeClock, eventually
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,7 +17,6 @@ from scripted import (
     ScriptedStore,
     World,
     a_session,
-    eventually,
     in_background,
     in_threads,
     settled,
@@ -203,7 +202,7 @@ def test_a_session_that_cannot_be_saved_lives_on_and_is_saved_as_soon_as_it_can_
         assert ["could not be saved" in record.message for record in caplog.records] == [True]
         world.store.failing.clear()
         world.clock.advance(61)
-        eventually(lambda: world.store.session == world.issuer.issued[-1], "saving")
+        eventually(lambda: world.store.session == world.issuer.issued[-1])
 
 
 def test_a_long_outage_of_the_store_is_worth_one_warning_and_the_next_outage_another(caplog):
@@ -235,7 +234,7 @@ def test_a_session_that_was_never_saved_survives_a_store_that_fails_altogether()
         assert world.issuer.asked[-1] == world.issuer.issued[0]
         world.store.failing.clear()
         world.clock.advance(61)
-        eventually(lambda: world.store.session == world.issuer.issued[-1], "saving")
+        eventually(lambda: world.store.session == world.issuer.issued[-1])
 
 
 def test_saving_is_tried_again_without_any_call():

@@ -8,7 +8,8 @@ import tracemalloc
 from datetime import timedelta
 
 import pytest
-from scripted import PATIENCE, World, eventually, in_background, in_threads, settled, value, values
+from conftest import eventually
+from scripted import PATIENCE, World, in_background, in_threads, settled, value, values
 
 from interceptors import RefreshingTokenSource
 
@@ -17,7 +18,7 @@ class Forbidden:
     """Stands for something that must not be touched."""
 
     def __getattr__(self, name):
-        raise AssertionError(f"touched: {name}")
+        raise AssertionError(name)
 
     def __enter__(self):
         raise AssertionError("locked")
@@ -198,7 +199,9 @@ def test_an_idle_source_makes_no_requests():
 # Rule 3: due and expired
 
 
-@pytest.mark.parametrize(("lifetime", "left"), [(3600.0, 29.9), (3600.0, 0.1), (100.0, 9.9), (8.0, 0.7), (3600.0, -1.0)])
+@pytest.mark.parametrize(
+    ("lifetime", "left"), [(3600.0, 29.9), (3600.0, 0.1), (100.0, 9.9), (8.0, 0.7), (3600.0, -1.0)]
+)
 def test_when_little_is_left_callers_wait_for_the_next_token(lifetime, left):
     with World(lifetime=lifetime) as world:
         source = world.warm_source()
