@@ -110,7 +110,9 @@ def watch(channel: grpc.Channel, metadata: Any, messages: int) -> None:
 
 def ingest(channel: grpc.Channel, metadata: Any, messages: int) -> None:
     request = event_pb2.IngestEventsRequest(event=event_pb2.HookEvent(event_id="1"))
-    answer = event_pb2_grpc.EventServiceStub(channel).IngestEvents((request for _ in range(messages)), metadata=metadata)
+    answer = event_pb2_grpc.EventServiceStub(channel).IngestEvents(
+        (request for _ in range(messages)), metadata=metadata
+    )
     assert answer.accepted == messages
 
 

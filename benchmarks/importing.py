@@ -18,7 +18,11 @@ print((time.perf_counter() - start) * 1000)
 
 def over_grpc(rounds: int) -> None:
     print(f"\nimport time over `import grpc`: milliseconds, median of {rounds}")
-    for names in ("Token", "intercept_channel, RefreshingTokenSource", "intercept_channel, open_session, KeyringStore, OidcClient"):
+    for names in (
+        "Token",
+        "intercept_channel, RefreshingTokenSource",
+        "intercept_channel, open_session, KeyringStore, OidcClient",
+    ):
         script = _SCRIPT.format(names=names)
         times = [
             float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)

@@ -42,7 +42,9 @@ def paired(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return measured
 
 
-def ratios(measured: dict[str, list[tuple[float, float]]], base: str, which: int) -> dict[str, tuple[float, float, float]]:
+def ratios(
+    measured: dict[str, list[tuple[float, float]]], base: str, which: int
+) -> dict[str, tuple[float, float, float]]:
     """Median and quartiles, over the rounds, of each variant's ratio to `base` in the same round."""
     result = {}
     for name, rounds in measured.items():

@@ -11,19 +11,19 @@ from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbe
 
 
 class Heartbeats(heartbeat_pb2_grpc.HeartbeatServiceServicer):
-    def Heartbeat(self, request, context):  # noqa: ARG002, N802
+    def Heartbeat(self, request, context):  # noqa: N802
         return heartbeat_pb2.HeartbeatResponse(sequence=request.sequence)
 
-    def WatchSession(self, request, context):  # noqa: ARG002, N802
+    def WatchSession(self, request, context):  # noqa: N802
         for sequence in range(request.max_messages):
             yield heartbeat_pb2.WatchSessionResponse(sequence=sequence)
 
 
 class Events(event_pb2_grpc.EventServiceServicer):
-    def IngestEvents(self, request_iterator, context):  # noqa: ARG002, N802
+    def IngestEvents(self, request_iterator, context):  # noqa: N802
         return event_pb2.IngestEventsResponse(accepted=sum(1 for _ in request_iterator))
 
-    def StreamHookEvents(self, request_iterator, context):  # noqa: ARG002, N802
+    def StreamHookEvents(self, request_iterator, context):  # noqa: N802
         for request in request_iterator:
             yield event_pb2.StreamHookEventsResponse(event_id=request.event.event_id)
 

@@ -81,7 +81,9 @@ def intercept_stub(stub: S, source: TokenSource, *, replay_limit: int = REPLAY_L
     """
     check_source(source)
     check_replay_limit(replay_limit)
-    methods = {name: _authenticated(value, source, replay_limit) for name, value in getattr(stub, "__dict__", {}).items()}
+    methods = {
+        name: _authenticated(value, source, replay_limit) for name, value in getattr(stub, "__dict__", {}).items()
+    }
     if all(method is None for method in methods.values()):
         msg = f"stub must be a generated gRPC stub, such as FooServiceStub(channel), not {_name(stub)}"
         raise TypeError(msg)
@@ -130,7 +132,7 @@ def authenticated_channel(
 ) -> grpc.aio.Channel: ...
 
 
-def authenticated_channel(  # noqa: PLR0913 - gRPC's arguments and ours
+def authenticated_channel(
     target: str,
     source: TokenSource,
     *,
@@ -162,15 +164,17 @@ def authenticated_channel(  # noqa: PLR0913 - gRPC's arguments and ours
         msg = f"target must be a str such as 'api.example.com:443', not {_name(target)}"
         raise TypeError(msg)
     if not target or re.match(r"(?i)(https?|grpcs?)://", target):
-        msg = f"target must be a gRPC target such as 'api.example.com:443', without a scheme like https://; it is {target!r}"
+        msg = f"target must be a gRPC target such as 'api.example.com:443', without https://; it is {target!r}"
         raise ValueError(msg)
     if credentials is not None and not isinstance(credentials, grpc.ChannelCredentials):
-        msg = f"credentials must be grpc.ChannelCredentials, such as grpc.ssl_channel_credentials(), not {_name(credentials)}"
+        msg = (
+            f"credentials must be grpc.ChannelCredentials, such as ssl_channel_credentials(), not {_name(credentials)}"
+        )
         raise TypeError(msg)
     local = is_local(target)
     if credentials is not None and not local and _is_plain_text(credentials):
         msg = (
-            f"these credentials would send access tokens to {target} in plain text: leave them out (TLS is the default) "
+            f"these credentials would send access tokens to {target} in plain text: leave them out (TLS is default) "
             "or pass grpc.ssl_channel_credentials(...); plain text is for loopback and unix sockets only"
         )
         raise ValueError(msg)

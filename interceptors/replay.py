@@ -117,9 +117,7 @@ class ReplayableRequests(Generic[R, M]):
 
     __slots__ = ("_attempt", "_changing", "_log", "_prepare", "_pulling", "_requests", "_size")
 
-    def __init__(
-        self, requests: Iterator[R], prepare: Callable[[R], M], size: Callable[[M], int], limit: int
-    ) -> None:
+    def __init__(self, requests: Iterator[R], prepare: Callable[[R], M], size: Callable[[M], int], limit: int) -> None:
         self._requests = requests
         self._prepare = prepare
         self._size = size

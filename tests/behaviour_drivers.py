@@ -1,4 +1,4 @@
-"""One table of behaviour for every flavour and every way in: a driver for each, which only knows how its library calls."""
+"""A driver for each flavour and every way in, so that one table of behaviour serves them all."""
 
 from __future__ import annotations
 

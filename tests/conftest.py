@@ -15,7 +15,7 @@ REQUIRE_ALL = os.environ.get("INTERCEPTORS_REQUIRE_ALL") == "1"
 
 
 def requires(program: str) -> str:
-    """The path of an optional program; skips the test if this machine lacks it, and fails it where all must be there."""
+    """The path of an optional program; without it the test is skipped, or fails where everything must be there."""
     path = shutil.which(program)
     if path is None:
         reason = f"{program} is not installed"
@@ -65,7 +65,11 @@ def source(issuer):
 
 def session_of(name: str, now: float, lifetime: float | None = 3600.0, **more) -> Session:
     return Session(
-        access_token=name, issued_at=now, expires_at=None if lifetime is None else now + lifetime, refresh_token="r", **more
+        access_token=name,
+        issued_at=now,
+        expires_at=None if lifetime is None else now + lifetime,
+        refresh_token="r",
+        **more,
     )
 
 

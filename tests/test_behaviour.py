@@ -190,9 +190,10 @@ def test_rule_8_if_the_session_is_dead_the_refusal_says_so_in_its_cause(call, se
 
 def test_rule_8_without_any_token_the_error_says_to_log_in(flavour, way, kind, server, issuer):
     client = OidcClient(issuer.url, issuer.client_id)
-    with RefreshingTokenSource(MemoryStore(), client.refresh) as source, driving(
-        flavour, server.target, source, way
-    ) as driver:
+    with (
+        RefreshingTokenSource(MemoryStore(), client.refresh) as source,
+        driving(flavour, server.target, source, way) as driver,
+    ):
         with pytest.raises(grpc.RpcError) as caught:
             getattr(driver, kind)()
         assert caught.value.code() is UNAUTHENTICATED
@@ -205,9 +206,11 @@ def test_rule_8_when_the_issuer_cannot_be_reached_the_error_is_unavailable(flavo
     client = OidcClient(issuer.url, issuer.client_id, timeout=5)
     session = issuer.session()
     session = dataclasses.replace(session, expires_at=session.issued_at)
-    with issuer.down(), RefreshingTokenSource(MemoryStore(session), client.refresh) as source, driving(
-        flavour, server.target, source, way
-    ) as driver:
+    with (
+        issuer.down(),
+        RefreshingTokenSource(MemoryStore(session), client.refresh) as source,
+        driving(flavour, server.target, source, way) as driver,
+    ):
         with pytest.raises(grpc.RpcError) as caught:
             getattr(driver, kind)()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -217,7 +220,7 @@ def test_rule_8_when_the_issuer_cannot_be_reached_the_error_is_unavailable(flavo
 def test_rule_10_no_error_shows_a_token(flavour, way, kind, server):
     with driving(flavour, server.target, StaticTokenSource("s3cret"), way) as driver:
         for options in ({}, {"metadata": (("InVaLiD key", "x"),)}, {"timeout": 0.0}):
-            with pytest.raises(Exception) as caught:  # noqa: PT011 - whichever the library raises
+            with pytest.raises(Exception) as caught:
                 getattr(driver, kind)(**options)
             error = caught.value
             while error is not None:
@@ -228,7 +231,7 @@ def test_rule_10_no_error_shows_a_token(flavour, way, kind, server):
 def test_two_hundred_threads_meet_one_revoked_token_and_cost_one_refresh(flavour, server, issuer, source):
     issuer.revoke(source.token().value)
     with driving(flavour, server.target, source) as driver, ThreadPoolExecutor(200) as pool:
-        list(pool.map(lambda i: driver.unary(i), range(200)))
+        list(pool.map(driver.unary, range(200)))
     assert issuer.refreshes == 1
     assert len(server.calls) == 200
 
@@ -238,9 +241,10 @@ def test_a_slow_refresh_inside_the_window_delays_no_call(flavour, kind, server, 
     session = issuer.session()
     now = [session.issued_at]
     client = OidcClient(issuer.url, issuer.client_id)
-    with RefreshingTokenSource(MemoryStore(session), client.refresh, clock=lambda: now[0]) as source, driving(
-        flavour, server.target, source
-    ) as driver:
+    with (
+        RefreshingTokenSource(MemoryStore(session), client.refresh, clock=lambda: now[0]) as source,
+        driving(flavour, server.target, source) as driver,
+    ):
         source.token()
         issuer.hold()
         now[0] += 50
@@ -264,7 +268,9 @@ def test_a_server_that_refuses_everything_causes_a_bounded_number_of_refreshes(c
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(0, 20), refused_after=st.integers(1, 20), kind=st.sampled_from(["client_stream", "bidi"]))
-def test_any_stream_refused_at_any_point_arrives_once_and_in_order(flavour, server, issuer, source, count, refused_after, kind):
+def test_any_stream_refused_at_any_point_arrives_once_and_in_order(
+    flavour, server, issuer, source, count, refused_after, kind
+):
     ids = [str(i) for i in range(count)]
     before = len(server.calls)
     refused_after = 1 if kind == "bidi" else refused_after

@@ -103,7 +103,9 @@ def test_rule_2_inside_the_window_one_background_refresh_runs_and_nobody_waits(s
 
 def test_rule_2_the_window_is_a_quarter_of_a_short_lifetime(clock):
     oidc = Issuer(clock, lifetime=8.0)
-    with RefreshingTokenSource(MemoryStore(session_of("t0", clock(), 8.0)), oidc, clock=clock, jitter=lambda: 0) as source:
+    with RefreshingTokenSource(
+        MemoryStore(session_of("t0", clock(), 8.0)), oidc, clock=clock, jitter=lambda: 0
+    ) as source:
         for _ in range(59):
             assert source.token().value == source.peek().value
             clock.advance(0.1)
@@ -552,9 +554,10 @@ def test_no_log_and_no_error_shows_a_token(caplog):
         return answer
 
     shown = []
-    with caplog.at_level(logging.DEBUG), RefreshingTokenSource(
-        MemoryStore(session_of("s3cret-0", clock())), refresh, clock=clock
-    ) as source:
+    with (
+        caplog.at_level(logging.DEBUG),
+        RefreshingTokenSource(MemoryStore(session_of("s3cret-0", clock())), refresh, clock=clock) as source,
+    ):
         for _ in range(4):
             try:
                 shown.append(repr(source.token()))

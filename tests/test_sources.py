@@ -199,7 +199,9 @@ def test_what_was_refused_is_forgotten_when_the_function_has_moved_on():
 
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE])
-@pytest.mark.parametrize("raised", [ValueError("odd"), StopIteration(), TimeoutError("slow"), KeyError("odd")], ids=repr)
+@pytest.mark.parametrize(
+    "raised", [ValueError("odd"), StopIteration(), TimeoutError("slow"), KeyError("odd")], ids=repr
+)
 def test_what_the_function_raises_is_a_refresh_error_with_that_as_its_cause(raised, timeout):
     def fn(_):
         raise raised

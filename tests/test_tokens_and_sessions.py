@@ -24,7 +24,8 @@ def test_every_b64token_is_accepted(value, padding):
 
 
 @pytest.mark.parametrize(
-    "expires_at", [datetime.datetime(2030, 1, 1), datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC), "1", True]  # noqa: DTZ001
+    "expires_at",
+    [datetime.datetime(2030, 1, 1), datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC), "1", True],  # noqa: DTZ001
 )
 def test_an_expiry_that_is_no_number_says_what_was_expected(expires_at):
     with pytest.raises(TypeError, match="Unix seconds"):

@@ -44,7 +44,7 @@ class Attempt(Protocol):
     def __next__(self) -> Any: ...
 
 
-class LocalError(grpc.RpcError, grpc.Call):  # type: ignore[misc]
+class LocalError(grpc.RpcError, grpc.Call):
     """The end of a call that no server has decided: no token, no time left, or cancelled between two attempts."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
@@ -91,7 +91,7 @@ class LocalError(grpc.RpcError, grpc.Call):  # type: ignore[misc]
     def __repr__(self) -> str:
         return (
             f"<{type(self).__name__} of RPC that terminated with:\n"
-            f"\tstatus = {self._code}\n\tdetails = \"{self._details}\"\n>"
+            f'\tstatus = {self._code}\n\tdetails = "{self._details}"\n>'
         )
 
     __str__ = __repr__
@@ -104,7 +104,7 @@ def local_error(failure: Failure) -> LocalError:
     return error
 
 
-class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[misc]
+class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
     """A call that is made once more with another token if its first attempt is refused.
 
     Args:
@@ -253,8 +253,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[
         for callback in callbacks or ():
             try:
                 callback()
-            except Exception:
-                # As gRPC does it: neither its threads nor ours may die of a user's callback.
+            except Exception:  # noqa: BLE001 - as gRPC does it: no thread of its or ours may die of a user's callback
                 _log.exception("Exception in callback %r", callback)
 
     def _commit(self, attempt: Any) -> bool:
@@ -285,6 +284,9 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[
             if not self._changed.wait_for(lambda: self._over, timeout):
                 raise grpc.FutureTimeoutError
             return self._attempt
+
+    def _is_over(self, attempt: Any) -> bool:
+        return self._over or self._ended is attempt
 
     def _after(self, attempt: Any) -> Any:
         """The attempt that follows `attempt`, once it has begun, or `attempt` if none will."""
@@ -329,9 +331,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[
                 # Of an answer that is all trailers, gRPC reports the (empty) initial metadata a moment before the
                 # status; in that moment it is not known yet whether this is the final attempt.
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda attempt=attempt: self._over or self._ended is attempt, _TRAILERS_ONLY_SECONDS
-                    )
+                    self._changed.wait_for(functools.partial(self._is_over, attempt), _TRAILERS_ONLY_SECONDS)
             self._notice()
             if self._over or attempt is not self._ended:
                 return self._attempt.initial_metadata() if self._over else metadata
@@ -341,7 +341,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[
         """See `grpc.Call.trailing_metadata`."""
         return self._when_over().trailing_metadata()
 
-    def code(self) -> grpc.StatusCode:
+    def code(self) -> Any:
         """See `grpc.Call.code`."""
         return self._when_over().code()
 
@@ -358,7 +358,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):  # type: ignore[
         self._notice()
         return not self._over
 
-    def time_remaining(self) -> float | None:
+    def time_remaining(self) -> Any:
         """See `grpc.RpcContext.time_remaining`."""
         return self._call.remaining()
 

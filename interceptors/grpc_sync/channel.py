@@ -30,7 +30,7 @@ UNAUTHENTICATED: Final = grpc.StatusCode.UNAUTHENTICATED
 _NATIVE_CHANNEL: Final[type | None] = getattr(getattr(grpc, "_channel", None), "Channel", None)
 
 
-class AuthenticatedChannel(grpc.Channel):  # type: ignore[misc]
+class AuthenticatedChannel(grpc.Channel):
     """A `grpc.Channel` whose calls carry tokens; see `interceptors.intercept_channel`.
 
     Args:
@@ -83,10 +83,12 @@ class AuthenticatedChannel(grpc.Channel):  # type: ignore[misc]
     ) -> grpc.StreamStreamMultiCallable:
         """See `grpc.Channel.stream_stream`."""
         options = _registered(args, options)
-        inner, prepare = self._multicallable("stream_stream", method, request_serializer, response_deserializer, options)
+        inner, prepare = self._multicallable(
+            "stream_stream", method, request_serializer, response_deserializer, options
+        )
         return StreamStream(inner, self._source, prepare, self._replay_limit)
 
-    def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool = False) -> None:  # noqa: FBT001, FBT002 - gRPC's signature
+    def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool = False) -> None:
         """See `grpc.Channel.subscribe`."""
         self._channel.subscribe(callback, try_to_connect)
 
@@ -117,7 +119,7 @@ class AuthenticatedChannel(grpc.Channel):  # type: ignore[misc]
         return f"<AuthenticatedChannel over {self._channel!r}>"
 
 
-class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
+class UnaryUnary(grpc.UnaryUnaryMultiCallable):
     """Unary calls that carry tokens."""
 
     __slots__ = ("_inner", "_peek", "_prepare", "_source")
@@ -146,7 +148,8 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
         try:
             message = self._prepare(request)
         except Exception:  # noqa: BLE001 - it ends the call
-            message = unserialisable()
+            message = None
+            log_unserialisable()
         try:
             if wait_for_ready is None and compression is None:
                 return self._inner(message, timeout, token.metadata)
@@ -235,12 +238,14 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):  # type: ignore[misc]
         )
 
 
-class UnaryStream(grpc.UnaryStreamMultiCallable):  # type: ignore[misc]
+class UnaryStream(grpc.UnaryStreamMultiCallable):
     """Server streams that carry tokens."""
 
     __slots__ = ("_inner", "_prepare", "_source")
 
-    def __init__(self, inner: grpc.UnaryStreamMultiCallable, source: TokenSource, prepare: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, inner: grpc.UnaryStreamMultiCallable, source: TokenSource, prepare: Callable[[Any], Any]
+    ) -> None:
         self._inner = inner
         self._source = source
         self._prepare = prepare
@@ -265,13 +270,17 @@ class UnaryStream(grpc.UnaryStreamMultiCallable):  # type: ignore[misc]
         )
 
 
-class StreamUnary(grpc.StreamUnaryMultiCallable):  # type: ignore[misc]
+class StreamUnary(grpc.StreamUnaryMultiCallable):
     """Client streams that carry tokens."""
 
     __slots__ = ("_inner", "_prepare", "_replay_limit", "_source")
 
     def __init__(
-        self, inner: grpc.StreamUnaryMultiCallable, source: TokenSource, prepare: Callable[[Any], Any], replay_limit: int
+        self,
+        inner: grpc.StreamUnaryMultiCallable,
+        source: TokenSource,
+        prepare: Callable[[Any], Any],
+        replay_limit: int,
     ) -> None:
         self._inner = inner
         self._source = source
@@ -367,13 +376,17 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):  # type: ignore[misc]
         )
 
 
-class StreamStream(grpc.StreamStreamMultiCallable):  # type: ignore[misc]
+class StreamStream(grpc.StreamStreamMultiCallable):
     """Bidirectional streams that carry tokens."""
 
     __slots__ = ("_inner", "_prepare", "_replay_limit", "_source")
 
     def __init__(
-        self, inner: grpc.StreamStreamMultiCallable, source: TokenSource, prepare: Callable[[Any], Any], replay_limit: int
+        self,
+        inner: grpc.StreamStreamMultiCallable,
+        source: TokenSource,
+        prepare: Callable[[Any], Any],
+        replay_limit: int,
     ) -> None:
         self._inner = inner
         self._source = source
@@ -464,7 +477,7 @@ def start_call(
     metadata: Any,
     credentials: Any,
 ) -> Any:
-    """Starts a call with one request that nobody waits for here; `invoke(timeout, metadata, credentials)` starts an attempt."""
+    """Starts a call with one request; `invoke(timeout, metadata, credentials)` starts an attempt. Never waits."""
     metadata = None if metadata is None else tuple(metadata)
     if credentials is not None or (metadata and carries_own_authorization(metadata)):
         return invoke(timeout, metadata, credentials)
@@ -505,7 +518,8 @@ def prepared(prepare: Callable[[Any], Any], request: Any) -> Any:
     try:
         return prepare(request)
     except Exception:  # noqa: BLE001 - it ends the call
-        return unserialisable()
+        log_unserialisable()
+        return None
 
 
 def replayable(
@@ -577,8 +591,8 @@ def _start_streaming_attempt(
     return _start_attempt(functools.partial(invoke, requests.attempt()), metadata, token, timeout)
 
 
-def unserialisable() -> None:
-    """What is sent for a request that cannot be serialised: gRPC ends the call with INTERNAL, as when itself fails to."""
+def log_unserialisable() -> None:
+    """Says what gRPC says; for a request of None it then ends the call with INTERNAL, as if it had failed itself."""
     _log.exception("Exception serializing message!")
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class BearerInterceptor(
-    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
-    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
-    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
-    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
 ):
     """Attaches tokens to the calls of a `grpc.intercept_channel(channel, BearerInterceptor(source), ...)`.
 
@@ -128,7 +128,7 @@ class _Fields(NamedTuple):
     compression: grpc.Compression | None
 
 
-class _Details(_Fields, grpc.ClientCallDetails):  # type: ignore[misc]
+class _Details(_Fields, grpc.ClientCallDetails):
     @classmethod
     def of(cls, details: Any, metadata: Any, timeout: float | None) -> _Details:
         return cls(

@@ -102,7 +102,7 @@ class OidcClient:
         return self._session(answer, issued_at, before=session)
 
     def client_credentials(self, session: Session | None = None) -> Session:  # noqa: ARG002 - a refresher's signature
-        """A session for the client itself (RFC 6749 section 4.4). It needs no earlier one, so it is a refresher as well.
+        """A session for the client itself (RFC 6749 section 4.4). It needs none before, so it is a refresher as well.
 
         Raises:
             RefreshError: The issuer could not be asked, or refused.
@@ -171,7 +171,9 @@ class OidcClient:
         error = (response.content or {}).get("error")
         if not isinstance(error, str):
             self._discovered = None  # the endpoint may have moved
-            msg = f"{endpoint} answered HTTP {response.status} without an OAuth error: is it the issuer's token endpoint?"
+            msg = (
+                f"{endpoint} answered HTTP {response.status} without an OAuth error: is it the issuer's token endpoint?"
+            )
             raise RefreshError(msg, retry_after=response.retry_after)
         error = "".join(character for character in error[:64] if character.isalnum() or character == "_")
         if error in _PERMANENT:
@@ -191,7 +193,8 @@ class OidcClient:
         try:
             check_b64token(answer.get("access_token"), "the access token")
         except (TypeError, ValueError) as error:
-            raise self._unusable(str(error)) from None
+            why = str(error)
+            raise self._unusable(why) from None
         refresh_token, id_token, scope = (self._text(answer, key) for key in ("refresh_token", "id_token", "scope"))
         identity = self._identity(id_token, before, nonce)
         expires_in = self._expires_in(answer.get("expires_in"))

@@ -72,7 +72,9 @@ def _checked(content: dict[str, Any] | None, issuer: str, url: str) -> Metadata:
     for name in _ENDPOINTS:
         endpoint = content.get(name)
         if endpoint is not None and not http.is_secure(endpoint):
-            msg = f"the discovery document {url} names the {name} {endpoint!r}, expected an https URL (http on loopback)"
+            msg = (
+                f"the discovery document {url} names the {name} {endpoint!r}, expected an https URL (http on loopback)"
+            )
             raise RefreshError(msg)
     if content.get("token_endpoint") is None:
         msg = f"the discovery document {url} names no token_endpoint"

@@ -86,7 +86,9 @@ def _exchange(method: str, url: str, timeout: float, body: str | None, headers: 
         raise RefreshError(msg) from None
     except httpx.HTTPError as error:
         # The exception holds the request, and that may hold a secret; its name says enough.
-        msg = f"{_place(url)} cannot be reached ({type(error).__name__}): check the network, or whether the issuer is up"
+        msg = (
+            f"{_place(url)} cannot be reached ({type(error).__name__}): check the network, or whether the issuer is up"
+        )
         raise RefreshError(msg) from None
 
 

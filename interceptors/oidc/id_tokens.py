@@ -21,7 +21,7 @@ _ALGORITHMS: Final = frozenset(
 )
 
 
-class KeysUnavailable(RefreshError):
+class KeysUnavailable(RefreshError):  # noqa: N818 - it says what happened
     """The issuer's keys could not be fetched: nothing is known of the id token."""
 
 
@@ -57,10 +57,12 @@ class IdTokenChecker:
                 claims = jwt.decode(id_token, keys, algorithms=algorithms).claims
             except (InvalidKeyIdError, BadSignatureError, KeyError) as error:
                 if fresh:
-                    raise self._refused(f"its signature is not the issuer's ({type(error).__name__})") from None
+                    why = f"its signature is not the issuer's ({type(error).__name__})"
+                    raise self._refused(why) from None
                 # The issuer may have a new key: ask once.
             except (JoseError, ValueError, TypeError) as error:
-                raise self._refused(f"it cannot be decoded ({type(error).__name__})") from None
+                why = f"it cannot be decoded ({type(error).__name__})"
+                raise self._refused(why) from None
             else:
                 self._check(claims, nonce)
                 return dict(claims)
@@ -100,7 +102,7 @@ class IdTokenChecker:
                 raise KeysUnavailable(str(error)) from error
             try:
                 if response.status != _OK or response.content is None:
-                    raise ValueError  # noqa: TRY301 - the same answer as for keys that cannot be read
+                    raise ValueError
                 self._keys = KeySet.import_key_set(response.content)  # type: ignore[arg-type]
             except (JoseError, ValueError, TypeError, KeyError):
                 msg = f"the issuer's keys at {uri} cannot be read"

@@ -25,7 +25,7 @@ _OTHERS: Final = 0o077
 
 
 class FileStore(SessionStore):
-    """Keeps a session in a file (mode 0600, in a directory that is made with mode 0700), for machines without a keyring.
+    """Keeps a session in a file (0600, in a directory that is made with 0700), for machines without a keyring.
 
     The file is in plain text: whoever can read it can use the session, backups included. Prefer `KeyringStore`.
 
@@ -64,7 +64,7 @@ class FileStore(SessionStore):
                 content = file.read()
             except OSError as error:
                 raise self._error("cannot be read", error) from error
-        return session_format.loads(content, str(self), f'remove the file and {LOGIN_HINT}')
+        return session_format.loads(content, str(self), f"remove the file and {LOGIN_HINT}")
 
     def save(self, session: Session) -> None:
         """See `SessionStore.save`."""
@@ -81,7 +81,7 @@ class FileStore(SessionStore):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self._path)
+            Path(temporary).replace(self._path)
             temporary = ""
             if _POSIX:
                 # The new name must survive a power cut as well.
@@ -95,7 +95,7 @@ class FileStore(SessionStore):
         finally:
             if temporary:
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+                    Path(temporary).unlink()
 
     def clear(self) -> None:
         """See `SessionStore.clear`."""

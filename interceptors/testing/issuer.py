@@ -214,7 +214,7 @@ class FakeIssuer:
             if claims["jti"] in self._revoked:
                 msg = "revoked"
                 raise TokenRefused(msg)
-        return cast("dict[str, Any]", claims)
+        return claims
 
     def revoke(self, access_token: str) -> None:
         """Has `verify` refuse this access token from now on; its session can still be refreshed."""
@@ -253,7 +253,12 @@ class FakeIssuer:
             self.start()
 
     def answer_with(
-        self, status: int, body: bytes | str | Mapping[str, Any] = b"", headers: Mapping[str, str] | None = None, *, times: int = 1
+        self,
+        status: int,
+        body: bytes | str | Mapping[str, Any] = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        times: int = 1,
     ) -> None:
         """Answers the next token requests with this, whatever it is."""
         headers = dict(headers or {})

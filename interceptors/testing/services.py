@@ -188,14 +188,16 @@ class Services:
         try:
             values = [value for key, value in metadata if key.lower() == "authorization"]
             if len(values) != 1 or not values[0].startswith("Bearer "):
-                raise Refused(f"expected one bearer token, got {len(values)} authorization entries")
+                msg = f"expected one bearer token, got {len(values)} authorization entries"
+                raise Refused(msg)
             token = values[0].removeprefix("Bearer ")
             if self._refuse_all:
                 raise Refused("every token is refused")
             try:
                 self._verify(token)
             except TokenRefused as error:
-                raise Refused(f"the token is refused: {error}") from None
+                msg = f"the token is refused: {error}"
+                raise Refused(msg) from None
         except Refused:
             self._count_refusal()
             raise

@@ -1,0 +1,28 @@
+"""The command line `interceptors`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="interceptors")
+def main() -> None:
+    """Bearer tokens that outlive the session."""
+
+
+@main.command()
+@click.option("--seconds", type=click.FloatRange(min=5), default=20.0, show_default=True, help="How long it lasts.")
+@click.option(
+    "--flavour", "flavours", type=click.Choice(["grpc", "aio"]), multiple=True, help="Which to show; all by default."
+)
+@click.option("--without", is_flag=True, help="The old way: a token that is fetched once.")
+def demo(seconds: float, flavours: tuple[str, ...], *, without: bool) -> None:
+    """A long session in short: watch it survive its token again and again.
+
+    Starts an issuer whose tokens live a few seconds, and a server that checks them. Meanwhile tokens expire, one is
+    revoked, and the issuer goes down for a while. The exit code is 1 if anything was lost or doubled.
+    """
+    from interceptors.demo import run
+
+    raise SystemExit(run(seconds, flavours or None, without=without))

@@ -1,0 +1,5 @@
+"""`python -m interceptors.cli`."""
+
+from interceptors.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""`interceptors demo`: a real session over real sockets, with all that can happen to its token."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from interceptors import MemoryStore, OidcClient, RefreshingTokenSource, StaticTokenSource
+from interceptors.demo import sessions
+from interceptors.demo.mishaps import Mishaps
+from interceptors.demo.record import Record
+from interceptors.demo.report import Progress, closing_table
+from interceptors.testing import FakeIssuer, FakeServer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interceptors import Session, TokenSource
+
+TOKEN_SECONDS = 4.0
+
+
+def run(seconds: float, flavours: Sequence[str] | None, *, without: bool) -> int:
+    """Runs the session for `seconds`; returns 1 if a call was lost or doubled, else 0."""
+    console = Console()
+    chosen = list(flavours or sessions.FLAVOURS)
+    with FakeIssuer(access_token_lifetime=TOKEN_SECONDS) as issuer, FakeServer(issuer, max_workers=128) as server:
+        record = Record()
+        client = OidcClient(issuer.url, issuer.client_id, timeout=2.0)
+
+        def refresh(session: Session | None) -> Session:
+            with record.refreshing():
+                return client.refresh(session)
+
+        first = issuer.session()
+        with RefreshingTokenSource(MemoryStore(first), refresh) as refreshing:
+            source: TokenSource = StaticTokenSource(first.token) if without else refreshing
+            console.print(
+                f"{'The old way: a token that is fetched once' if without else 'Every call carries a valid token'}; "
+                f"tokens live {TOKEN_SECONDS:g} s, the session {seconds:g} s; flavours: {', '.join(chosen)}."
+            )
+            stop = threading.Event()
+            threads = [
+                threading.Thread(target=sessions.FLAVOURS[name], args=(server.target, source, record, stop), name=name)
+                for name in chosen
+            ]
+            for thread in threads:
+                thread.start()
+            started = time.monotonic()
+            with Progress(console, seconds) as progress:
+                mishaps = Mishaps(issuer, server, source, seconds, progress.say)
+                while (passed := time.monotonic() - started) < seconds:
+                    mishaps.until(passed)
+                    progress.update(passed, record, refreshing, server)
+                    time.sleep(0.1)
+            mishaps.over()
+            stop.set()
+            for thread in threads:
+                thread.join(30)
+            outcome = record.outcome(server.calls)
+            console.print(closing_table(outcome, record, refreshing.stats, server))
+    lost, doubled = sum(row.lost for row in outcome), sum(row.doubled for row in outcome)
+    if lost or doubled:
+        console.print(f"[bold red]{lost} lost, {doubled} doubled[/]")
+        return 1
+    console.print("[bold green]Nothing was lost, nothing was doubled.[/]")
+    return 0
