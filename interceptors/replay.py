@@ -7,13 +7,14 @@ a caller's iterator for libraries that in turn pull from us, maybe on threads or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
 M = TypeVar("M")
 R = TypeVar("R")
@@ -57,9 +58,7 @@ class RequestLog(Generic[M]):
         """A message of `size` bytes was pulled."""
         self._messages.append(message)
         if self._keeping is _Keeping.ALL:
-            self._bytes += size
-            if self._bytes > self._limit:
-                self.free()
+            self._count(size)
 
     def pass_on(self, message: M, size: int) -> bool:
         """A message of `size` bytes was pulled and is sent by the present attempt at once; only if none is `ahead`.
@@ -71,7 +70,11 @@ class RequestLog(Generic[M]):
             self._start += 1
             return False
         self._messages.append(message)
-        self._bytes += size
+        return self._count(size)
+
+    def _count(self, size: int) -> bool:
+        # An endless stream of empty messages must not be kept for ever.
+        self._bytes += size or 1
         if self._bytes > self._limit:
             self.free()
             return False
@@ -122,17 +125,20 @@ class ReplayableRequests(Generic[R, M]):
         self._prepare = prepare
         self._size = size
         self._log: RequestLog[M] = RequestLog(limit)
-        self._attempt = 0  # the number of the present attempt; no attempt's once the call is over
+        self._attempt: int | None = 0  # the number of the present attempt; None once the call is over
         self._pulling = threading.Lock()  # held inside the caller's next()
         self._changing = threading.Lock()  # held for moments, while the log or the attempt changes
 
     def attempt(self) -> Iterator[M]:
-        """What the present attempt is to send."""
-        return self._messages(self._attempt)
+        """What the present attempt is to send; nothing once the call is over."""
+        attempt = self._attempt
+        return iter(()) if attempt is None else self._messages(attempt)
 
     def rewind(self) -> bool:
         """Ends the present attempt's iterator and keeps everything for another; False if not all is there any more."""
         with self._changing:
+            if self._attempt is None:
+                return False
             self._attempt += 1
             return self._log.rewind()
 
@@ -143,7 +149,8 @@ class ReplayableRequests(Generic[R, M]):
 
     def stop(self) -> None:
         """Ends the pulling of requests: the call is over."""
-        self._attempt += 1
+        with self._changing:
+            self._attempt = None
 
     def _messages(self, attempt: int) -> Iterator[M]:
         log, requests, prepare, size = self._log, self._requests, self._prepare, self._size
@@ -206,21 +213,20 @@ class AsyncReplayableRequests(Generic[R, M]):
     def __init__(
         self, requests: AsyncIterator[R], prepare: Callable[[R], M], size: Callable[[M], int], limit: int
     ) -> None:
-        self._requests = requests
-        self._prepare = prepare
-        self._size = size
         self._log: RequestLog[M] = RequestLog(limit)
-        self._pulling: asyncio.Task[None] | None = None
-        self._attempt: _AsyncAttempt[R, M] | None = None
+        self._pulling = _Pulling(requests, prepare, size, self._log)
+        self._attempt: int | None = 0  # as in ReplayableRequests
 
     def attempt(self) -> AsyncIterator[M]:
-        """What the first attempt is to send."""
-        self._attempt = _AsyncAttempt(self)
-        return self._attempt
+        """What the present attempt is to send; nothing once the call is over."""
+        return _AsyncAttempt(self, self._attempt)
 
     def rewind(self) -> bool:
         """Ends the present attempt's iterator and keeps everything for another; False if not all is there any more."""
-        self._attempt = None
+        if self._attempt is None:
+            return False
+        self._attempt += 1
+        self._pulling.wake()
         return self._log.rewind()
 
     def free(self) -> None:
@@ -230,15 +236,17 @@ class AsyncReplayableRequests(Generic[R, M]):
     async def stop(self) -> None:
         """Ends the pulling of requests, also one that is under way: the call is over."""
         self._attempt = None
-        pulling, self._pulling = self._pulling, None
-        if pulling is not None and not pulling.done():
-            pulling.cancel()
-            await asyncio.wait([pulling])
+        self._pulling.wake()
+        await self._pulling.stop()
 
-    async def _next(self, attempt: _AsyncAttempt[R, M]) -> M:
+    def __del__(self) -> None:
+        # A call that was given up without an end.
+        self._pulling.abandon()
+
+    async def _next(self, attempt: int | None) -> M:
         log = self._log
         while True:
-            if self._attempt is not attempt:
+            if self._attempt is None or self._attempt != attempt:
                 raise StopAsyncIteration
             if log.ahead:
                 return log.next()
@@ -246,34 +254,90 @@ class AsyncReplayableRequests(Generic[R, M]):
                 raise log.error
             if log.exhausted:
                 raise StopAsyncIteration
-            if self._pulling is None:
-                self._pulling = asyncio.ensure_future(self._pull())
-            await asyncio.wait([self._pulling])
-
-    async def _pull(self) -> None:
-        try:
-            message = self._prepare(await anext(self._requests))
-        except StopAsyncIteration:
-            self._log.exhausted = True
-        except BaseException as raised:  # noqa: BLE001 - it is raised where the message would have been sent
-            self._log.error = raised
-        else:
-            self._log.append(message, self._size(message))
-        finally:
-            self._pulling = None
+            await self._pulling.change()
 
 
 class _AsyncAttempt(Generic[R, M]):
-    __slots__ = ("_requests",)
+    __slots__ = ("_number", "_requests")
 
-    def __init__(self, requests: AsyncReplayableRequests[R, M]) -> None:
+    def __init__(self, requests: AsyncReplayableRequests[R, M], number: int | None) -> None:
         self._requests = requests
+        self._number = number
 
     def __aiter__(self) -> AsyncIterator[M]:
         return self
 
-    async def __anext__(self) -> M:
-        return await self._requests._next(self)  # noqa: SLF001
+    def __anext__(self) -> Coroutine[Any, Any, M]:
+        return self._requests._next(self._number)  # noqa: SLF001
+
+
+class _Pulling(Generic[R, M]):
+    """The task that pulls: one for the whole stream, as a generator may keep a context or a time limit over its yields.
+
+    It pulls when an attempt wants a message, never ahead. It knows nothing of the attempts, so that they and their call
+    are freed when nobody holds them any more.
+    """
+
+    def __init__(
+        self, requests: AsyncIterator[R], prepare: Callable[[R], M], size: Callable[[M], int], log: RequestLog[M]
+    ) -> None:
+        self._requests = requests
+        self._prepare = prepare
+        self._size = size
+        self._log = log
+        self._task: asyncio.Task[None] | None = None
+        self._wanted: asyncio.Future[None] | None = None  # what the task waits for between two messages
+        self._waiting: list[asyncio.Future[None]] = []  # what attempts wait for
+
+    def change(self) -> asyncio.Future[None]:
+        """Has another message pulled; done when it is there, or when there is something else to be seen."""
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._pull())
+        elif self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(change)
+        return change
+
+    def wake(self) -> None:
+        """Has whoever waits look again."""
+        waiting, self._waiting = self._waiting, []
+        for change in waiting:
+            if not change.done():
+                change.set_result(None)
+
+    async def _pull(self) -> None:
+        loop, log = asyncio.get_running_loop(), self._log
+        try:
+            while True:
+                message = self._prepare(await anext(self._requests))
+                log.append(message, self._size(message))
+                self._wanted = loop.create_future()
+                self.wake()
+                await self._wanted
+        except StopAsyncIteration:
+            log.exhausted = True
+        except BaseException as error:
+            log.error = error  # it is raised where the message would have been sent
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        finally:
+            self.wake()
+
+    async def stop(self) -> None:
+        """Ends the task, whatever it waits for."""
+        task = self._task
+        if task is not None and not task.done():
+            task.cancel()
+            if task is not asyncio.current_task():
+                await asyncio.wait([task])
+
+    def abandon(self) -> None:
+        """Ends the task some time; from any thread, as the garbage collector calls it."""
+        task = self._task
+        if task is not None and not task.done():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
 
 def size_of(message: Any) -> int:
