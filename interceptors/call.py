@@ -7,6 +7,7 @@ gets another token and asks `again`.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -15,9 +16,11 @@ from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired
 from interceptors.tokens import AUTHORIZATION, Token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from interceptors.source import TokenSource
+
+_log = logging.getLogger("interceptors")
 
 REPLAY_LIMIT: Final = 256 * 1024
 """Bytes of a request stream that are kept for a second attempt: gRPC's own per-RPC retry buffer."""
@@ -90,11 +93,11 @@ class Call:
             return _deadline_exceeded(answer)
         if isinstance(answer, Token):
             return Send(answer, remaining)
-        return no_token(answer)
+        return no_token(_as_error(answer))
 
     def refused(self, token: Token, *, replayable: bool = True) -> bool:
         """An attempt that carried `token` was answered UNAUTHENTICATED. True: get a token and ask `again`."""
-        self._source.reject(token)
+        _tell(self._source.reject, token)
         self._unconfirmed = None
         if self._refused is not None or not replayable:
             return False
@@ -107,7 +110,7 @@ class Call:
         if remaining == 0.0 or (remaining is not None and isinstance(answer, TimeoutError)):
             return _deadline_exceeded(answer)
         if not isinstance(answer, Token):
-            return Surface(answer)
+            return Surface(_as_error(answer))
         if self._refused is not None and answer.value == self._refused.value:
             return Surface(None)
         self._unconfirmed = answer
@@ -116,7 +119,7 @@ class Call:
     def passed(self) -> None:
         """The present attempt got past authentication: a response came, or an end other than UNAUTHENTICATED."""
         if self._unconfirmed is not None:
-            self._source.accept(self._unconfirmed)
+            _tell(self._source.accept, self._unconfirmed)
             self._unconfirmed = None
 
 
@@ -145,6 +148,19 @@ def no_token(error: BaseException) -> Failure:
         return Failure("UNAUTHENTICATED", f"{said}{hint}", error)
     hint = "" if LOGIN_HINT in said else f"; if this lasts, {LOGIN_HINT}"
     return Failure("UNAVAILABLE", f"no access token: {said}{hint}", error)
+
+
+def _tell(hear: Callable[[Token], None], token: Token) -> None:
+    try:
+        hear(token)
+    except Exception as error:  # noqa: BLE001 - a call must end whatever its source does; libraries' threads wait for it
+        _log.error("the token source's %s failed with %s", hear.__name__, type(error).__name__)
+
+
+def _as_error(answer: object) -> BaseException:
+    if isinstance(answer, BaseException):
+        return answer
+    return TypeError(f"the token source's token() must return a Token, not {type(answer).__name__}")
 
 
 def _deadline_exceeded(answer: Token | BaseException) -> Failure:
