@@ -189,7 +189,7 @@ def test_whatever_the_source_raises_decides_how_the_call_ends():
         assert str(asyncio.run(Call(Told(error), None).ask_async())) == str(error)
 
 
-@pytest.mark.parametrize("answer", ["a-token", None, b"token", 5, object()], ids=repr)
+@pytest.mark.parametrize("answer", ["a-token", None, b"token", 5, {}], ids=repr)
 def test_a_source_that_returns_something_else_is_named_as_the_culprit(clock, answer):
     begun = Call(Told(), None).begin(answer)
     assert isinstance(begun, Failure)
