@@ -206,6 +206,9 @@ class RefreshingTokenSource(TokenSource):
                 self._cool_down.start(now)
             held.on_trial_until = _NEVER
             if self._cool_down.active(now):
+                if self._thread is not None and not self._closed:
+                    # Asking the issuer does not help; perhaps somebody has logged in again.
+                    self._nudge(now)
                 return
             held.refused = True
             held.fresh_until = _NEVER
@@ -362,7 +365,7 @@ class RefreshingTokenSource(TokenSource):
             return token
         now = self._clock()
         look_again = now + _LOOK_AGAIN_SECONDS
-        self._nudge_after = look_again if self._dead else min(look_again, self._backoff.until)
+        self._nudge_after = min(look_again, self._backoff.until) if self._patient(now) else look_again
         try:
             return self._token_despite(self._failure, now)
         except AuthError as error:
@@ -375,9 +378,10 @@ class RefreshingTokenSource(TokenSource):
 
     def _next_token(self) -> Token:
         held = self._held
-        if held is not None and self._dead is None and self._cause(held) is None:
+        fresh = held is not None and self._dead is None and self._cause(held) is None
+        if held is not None and fresh and not held.rejected:
             return held.token
-        patient = self._patient(self._clock())
+        patient = fresh or self._patient(self._clock())
         if held is None or self._dead is not None or patient:
             token = self._token_from_elsewhere(patient=patient)
             if token is not None:
@@ -468,7 +472,7 @@ class RefreshingTokenSource(TokenSource):
 
     def _usable(self, session: Session, *, fresh: bool = False) -> bool:
         held = self._held
-        if held is not None and held.refused and session.access_token == held.token.value:
+        if held is not None and held.rejected and session.access_token == held.token.value:
             return False
         stale_at, due_at, _ = freshness(session, self._window, 0.0)
         return self._clock() < (stale_at if fresh else due_at)

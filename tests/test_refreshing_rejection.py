@@ -214,6 +214,44 @@ def test_a_server_that_refuses_everything_heals_within_the_last_cool_down():
         assert source.token(timeout=PATIENCE).value != healed.value
 
 
+def test_a_login_during_a_cool_down_heals_within_a_second():
+    with World(lifetime=86400.0) as world:
+        source = world.warm_source()
+        refuse_everything(world, source, seconds=1000, every=5)
+        asked = len(world.issuer.asked)
+        world.clock.advance(20)
+        source.reject(source.peek())  # still in the cool-down
+        settled(source)
+        world.store.session = a_session(world.clock, 90)
+        loads = world.store.done.count("load")
+        for _ in range(50):
+            source.reject(source.peek())
+        settled(source)
+        assert world.store.done.count("load") == loads
+        world.clock.advance(1.01)
+        source.reject(source.peek())
+        eventually(lambda: source.peek().value == value(90))
+        assert len(world.issuer.asked) == asked
+
+
+def test_a_rejection_during_a_cool_down_costs_no_more_than_a_look_at_the_store():
+    with World(lifetime=86400.0) as world:
+        source = world.warm_source()
+        refuse_everything(world, source, seconds=1000, every=5)
+        asked, failures = len(world.issuer.asked), source.stats.failures
+        token = source.peek()
+        for failing in (False, True):
+            if failing:
+                world.store.failing["load"] = StoreError("unreadable")
+            for _ in range(20):
+                world.clock.advance(1.01)
+                source.reject(token)
+                assert source.peek() is source.token(timeout=0) is token
+                settled(source)
+        assert len(world.issuer.asked) == asked
+        assert source.stats.failures == failures
+
+
 def test_revocations_that_are_healed_in_between_each_heal_at_once():
     with World() as world:
         source = world.warm_source()

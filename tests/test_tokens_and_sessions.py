@@ -34,7 +34,7 @@ def test_an_expiry_that_is_no_number_says_what_was_expected(expires_at):
         Session(access_token="t", issued_at=0.0, expires_at=expires_at)
 
 
-@pytest.mark.parametrize("expires_at", [float("nan"), float("inf")])
+@pytest.mark.parametrize("expires_at", [float("nan"), float("inf"), 10**400], ids=["nan", "inf", "huge"])
 def test_an_expiry_that_is_not_finite_is_refused(expires_at):
     with pytest.raises(ValueError, match="finite"):
         Token("t", expires_at)
