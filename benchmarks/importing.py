@@ -21,7 +21,7 @@ def over_grpc(rounds: int) -> None:
     for names in (
         "Token",
         "intercept_channel, RefreshingTokenSource",
-        "intercept_channel, open_session, KeyringStore, OidcClient",
+        "intercept_channel, FileStore, OidcClient",
     ):
         script = _SCRIPT.format(names=names)
         times = [

@@ -7,32 +7,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from interceptors.channels import authenticated_channel, intercept_channel, intercept_stub
-    from interceptors.connect.interceptor import ConnectBearerInterceptor
     from interceptors.errors import AuthError, LoginRequired, RefreshError, StoreError
-    from interceptors.grpc_aio.native import aio_bearer_interceptors
     from interceptors.grpc_sync.native import BearerInterceptor
     from interceptors.oidc.client import OidcClient
-    from interceptors.refreshing import RefreshingTokenSource, SourceStats, open_session
+    from interceptors.refreshing import RefreshingTokenSource, SourceStats
     from interceptors.session import Session
     from interceptors.source import CallableTokenSource, StaticTokenSource, TokenSource
     from interceptors.stores.base import SessionStore
     from interceptors.stores.file import FileStore
-    from interceptors.stores.keyring import KeyringStore
     from interceptors.stores.memory import MemoryStore
-    from interceptors.stores.redis import RedisStore
     from interceptors.tokens import Token
 
 __all__ = [
     "AuthError",
     "BearerInterceptor",
     "CallableTokenSource",
-    "ConnectBearerInterceptor",
     "FileStore",
-    "KeyringStore",
     "LoginRequired",
     "MemoryStore",
     "OidcClient",
-    "RedisStore",
     "RefreshError",
     "RefreshingTokenSource",
     "Session",
@@ -42,11 +35,9 @@ __all__ = [
     "StoreError",
     "Token",
     "TokenSource",
-    "aio_bearer_interceptors",
     "authenticated_channel",
     "intercept_channel",
     "intercept_stub",
-    "open_session",
 ]
 
 # Each name is imported when it is first used, so that a program pays for the flavour and the store it uses only.
@@ -54,13 +45,10 @@ _MODULES: Final = {
     "AuthError": "errors",
     "BearerInterceptor": "grpc_sync.native",
     "CallableTokenSource": "source",
-    "ConnectBearerInterceptor": "connect.interceptor",
     "FileStore": "stores.file",
-    "KeyringStore": "stores.keyring",
     "LoginRequired": "errors",
     "MemoryStore": "stores.memory",
     "OidcClient": "oidc.client",
-    "RedisStore": "stores.redis",
     "RefreshError": "errors",
     "RefreshingTokenSource": "refreshing",
     "Session": "session",
@@ -70,11 +58,9 @@ _MODULES: Final = {
     "StoreError": "errors",
     "Token": "tokens",
     "TokenSource": "source",
-    "aio_bearer_interceptors": "grpc_aio.native",
     "authenticated_channel": "channels",
     "intercept_channel": "channels",
     "intercept_stub": "channels",
-    "open_session": "refreshing",
 }
 
 

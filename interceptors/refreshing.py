@@ -15,7 +15,7 @@ from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self
 
-from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, fresh_copy
+from interceptors.errors import AuthError, LoginRequired, RefreshError, fresh_copy
 from interceptors.forking import renew_after_fork
 from interceptors.freshness import freshness
 from interceptors.pacing import ON_TRIAL_SECONDS, Backoff, CoolDown
@@ -612,51 +612,3 @@ def _check_arguments(store: object, refresh: object, window: object, clock: obje
     if on_refresh is not None and not callable(on_refresh):
         msg = f"on_refresh must be a callable that takes the new Session, or None, not {type(on_refresh).__name__}"
         raise TypeError(msg)
-
-
-def open_session(
-    issuer: str,
-    client_id: str,
-    *,
-    store: SessionStore | None = None,
-    client_secret: str | None = None,
-    window: timedelta = timedelta(minutes=15),
-    on_refresh: Callable[[Session], object] | None = None,
-    timeout: float = 10.0,
-) -> RefreshingTokenSource:
-    """The token source over the session that `interceptors login` has stored.
-
-    Args:
-        issuer: The OpenID issuer, a URL.
-        client_id: The client that logged in.
-        store: Where the session is kept; the system keyring's default profile if None.
-        client_secret: Only for confidential clients.
-        window: See `RefreshingTokenSource`.
-        on_refresh: See `RefreshingTokenSource`.
-        timeout: The longest that one request to the issuer may take, in seconds.
-
-    Raises:
-        LoginRequired: No session is stored, or one of another issuer or client.
-        StoreError: The store cannot be read.
-        TypeError, ValueError: An argument is not what it should be.
-    """
-    from interceptors.oidc.client import OidcClient
-
-    client = OidcClient(issuer, client_id, client_secret=client_secret, timeout=timeout)
-    if store is None:
-        from interceptors.stores.keyring import KeyringStore
-
-        store = KeyringStore()
-    source = RefreshingTokenSource(store, client.refresh, window=window, on_refresh=on_refresh)
-    session = store.load()
-    if session is None:
-        msg = f"no session is stored in {store}: {LOGIN_HINT}"
-        raise LoginRequired(msg)
-    stored_for = (session.issuer or issuer, session.client_id or client_id)
-    if stored_for != (issuer, client_id):
-        msg = (
-            f"the session in {store} belongs to client {stored_for[1]} at {stored_for[0]}, "
-            f"not to client {client_id} at {issuer}: {LOGIN_HINT}, or use another profile"
-        )
-        raise LoginRequired(msg)
-    return source

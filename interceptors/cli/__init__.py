@@ -13,11 +13,8 @@ def main() -> None:
 
 @main.command()
 @click.option("--seconds", type=click.FloatRange(min=5), default=20.0, show_default=True, help="How long it lasts.")
-@click.option(
-    "--flavour", "flavours", type=click.Choice(["grpc", "aio"]), multiple=True, help="Which to show; all by default."
-)
 @click.option("--without", is_flag=True, help="The old way: a token that is fetched once.")
-def demo(seconds: float, flavours: tuple[str, ...], *, without: bool) -> None:
+def demo(seconds: float, *, without: bool) -> None:
     """A long session in short: watch it survive its token again and again.
 
     Starts an issuer whose tokens live a few seconds, and a server that checks them. Meanwhile tokens expire, one is
@@ -25,4 +22,4 @@ def demo(seconds: float, flavours: tuple[str, ...], *, without: bool) -> None:
     """
     from interceptors.demo import run
 
-    raise SystemExit(run(seconds, flavours or None, without=without))
+    raise SystemExit(run(seconds, without=without))

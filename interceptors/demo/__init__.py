@@ -16,17 +16,15 @@ from interceptors.demo.report import Progress, closing_table
 from interceptors.testing import FakeIssuer, FakeServer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from interceptors import Session, TokenSource
 
 TOKEN_SECONDS = 4.0
 
 
-def run(seconds: float, flavours: Sequence[str] | None, *, without: bool) -> int:
+def run(seconds: float, *, without: bool) -> int:
     """Runs the session for `seconds`; returns 1 if a call was lost or doubled, else 0."""
     console = Console()
-    chosen = list(flavours or sessions.FLAVOURS)
+    chosen = list(sessions.FLAVOURS)
     with FakeIssuer(access_token_lifetime=TOKEN_SECONDS) as issuer, FakeServer(issuer, max_workers=128) as server:
         record = Record()
         client = OidcClient(issuer.url, issuer.client_id, timeout=2.0)

@@ -107,7 +107,7 @@ class AuthenticatedChannel(grpc.Channel):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return self._channel.__exit__(kind, error, traceback)  # type: ignore[no-any-return]
+        return self._channel.__exit__(kind, error, traceback)
 
     def __getattr__(self, name: str) -> Any:
         # What gRPC has added to its channels and tools beside it rely on.

@@ -250,7 +250,8 @@ class OidcClient:
     def _text(self, answer: Mapping[str, Any], key: str) -> str | None:
         value = answer.get(key)
         if value is not None and not isinstance(value, str):
-            raise self._unusable(f"its {key} is no string")
+            why = f"its {key} is no string"
+            raise self._unusable(why)
         return value or None
 
     def _unusable(self, why: str) -> RefreshError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, assert_type
 
 import grpc
-import grpc.aio
 
 from interceptors import (
     StaticTokenSource,
@@ -24,11 +23,6 @@ source = StaticTokenSource("t")
 def a_sync_channel_stays_one(channel: grpc.Channel) -> None:
     assert_type(intercept_channel(channel, source), grpc.Channel)
     assert_type(authenticated_channel("localhost:1", source), grpc.Channel)
-
-
-def an_aio_channel_stays_one(channel: grpc.aio.Channel) -> None:
-    assert_type(intercept_channel(channel, source), grpc.aio.Channel)
-    assert_type(authenticated_channel("localhost:1", source, aio=True), grpc.aio.Channel)
 
 
 def a_stub_keeps_its_type(stub: HeartbeatServiceStub) -> None:
