@@ -5,30 +5,42 @@ from __future__ import annotations
 import math
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote_plus, urlsplit
 
 from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError
 from interceptors.forking import renew_after_fork
 from interceptors.oidc import http
-from interceptors.session import Session
-from interceptors.tokens import check_b64token
+from interceptors.oidc.answers import Refused, refusal, session_from, unusable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from interceptors.oidc.browser import Redeemable
+    from interceptors.oidc.device import DeviceLogin
     from interceptors.oidc.discovery import Metadata
     from interceptors.oidc.id_tokens import IdTokenChecker
+    from interceptors.session import Session
 
-_OK: Final = 200
 _FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 _DISCOVERY_SECONDS: Final = 3600.0
 _DEFAULT_SCOPE: Final = "openid offline_access email profile"
-# RFC 6749 section 5.2: what no later attempt with the same refresh token can change.
-_PERMANENT: Final = frozenset({"invalid_grant"})
+# What no later attempt with the same refresh token can change: RFC 6749 section 5.2; some issuers let the person know
+# in OpenID Connect's words (Core section 3.1.2.6).
+_SESSION_ENDED: Final = frozenset({"invalid_grant", "interaction_required", "login_required", "consent_required"})
+
+
+def _open_browser(address: str) -> bool:
+    import webbrowser
+
+    return webbrowser.open(address)
 
 
 class OidcClient:
     """Asks an OpenID issuer for sessions. Makes no request before it is used. Thread-safe.
+
+    An issuer that refuses the client itself (`invalid_client`, `unauthorized_client`) is a `RefreshError`, as its
+    registration can be mended while a session runs: a source asks again, ever less often.
 
     Args:
         issuer: The issuer's identifier, exactly as it names itself: an https URL (http only on loopback).
@@ -38,7 +50,7 @@ class OidcClient:
         timeout: The longest that one request may take, in seconds.
 
     Raises:
-        ValueError: `issuer` is no such URL, `client_id` is empty, or `timeout` is not positive.
+        ValueError: `issuer` is no such URL, `client_id` or `client_secret` is empty, or `timeout` is not positive.
         TypeError: An argument is of another type.
     """
 
@@ -55,21 +67,20 @@ class OidcClient:
             if not isinstance(value, str):
                 msg = f"{name} must be a str, not {type(value).__name__}"
                 raise TypeError(msg)
-        if not http.is_secure(issuer) or "?" in issuer or "#" in issuer:
-            msg = f"issuer must be an https URL without query or fragment (http only on loopback), it is {issuer!r}"
+        if client_secret is not None and not isinstance(client_secret, str):
+            msg = f"client_secret must be a str or None, not {type(client_secret).__name__}"
+            raise TypeError(msg)
+        if not http.is_secure(issuer) or "?" in issuer or "#" in issuer or "@" in urlsplit(issuer).netloc:
+            shown = "another" if "@" in issuer else repr(issuer)  # what is before an @ may be a password
+            msg = f"issuer must be an https URL without user, query or fragment (http only on loopback), not {shown}"
             raise ValueError(msg)
         if not client_id:
             msg = "client_id must not be empty: use the one that is registered with the issuer"
             raise ValueError(msg)
-        if client_secret is not None and not isinstance(client_secret, str):
-            msg = f"client_secret must be a str or None, not {type(client_secret).__name__}"
-            raise TypeError(msg)
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            msg = f"timeout must be a number of seconds, not {type(timeout).__name__}"
-            raise TypeError(msg)
-        if not (timeout > 0 and math.isfinite(timeout)):
-            msg = f"timeout must be a positive number of seconds, not {timeout}"
+        if client_secret == "":
+            msg = "client_secret must not be empty: leave it out if the client is a public one"
             raise ValueError(msg)
+        _check_seconds(timeout, "timeout")
         self.issuer = issuer
         self.client_id = client_id
         self._client_secret = client_secret
@@ -89,7 +100,8 @@ class OidcClient:
             session: The present session; None if there is none.
 
         Raises:
-            LoginRequired: There is no session, it has no refresh token, or the issuer does not accept it any more.
+            LoginRequired: There is no session, it has no refresh token, it is another issuer's or client's, or the
+                issuer does not accept it any more.
             RefreshError: The issuer could not be asked, or gave no usable answer.
         """
         if session is None:
@@ -98,11 +110,84 @@ class OidcClient:
         if not session.refresh_token:
             msg = f"the session at {self.issuer} has expired and has no refresh token: {LOGIN_HINT}"
             raise LoginRequired(msg)
-        issued_at, answer = self._token_request("refresh_token", {"refresh_token": session.refresh_token})
+        self._check_owner(session)
+        try:
+            issued_at, answer = self._token_request("refresh_token", {"refresh_token": session.refresh_token})
+        except Refused as refused:
+            if refused.error not in _SESSION_ENDED:
+                raise
+            msg = f"the session at {self.issuer} has ended ({refused.error}): {LOGIN_HINT}"
+            raise LoginRequired(msg) from None
         return self._session(answer, issued_at, before=session)
+
+    def login(self, *, open_browser: Callable[[str], object] = _open_browser, timeout: float = 300.0) -> Session:
+        """A session for the person who logs in with the browser: authorization code and PKCE (RFC 8252, RFC 7636).
+
+        The address is printed on stderr as well, for machines on which no browser opens. Where the person's browser
+        runs on another machine, use `device_login`.
+
+        Args:
+            open_browser: Is called with the address to open, on a thread of its own; `webbrowser.open` by default.
+            timeout: The longest to wait for the person, in seconds.
+
+        Raises:
+            LoginRequired: The person has refused, or was not done in time.
+            RefreshError: The issuer could not be asked, or gave no usable answer.
+            AuthError: The issuer refuses the client, has no such login, or an answer is not to be trusted.
+            ValueError: `timeout` is not positive.
+            TypeError: An argument is of another type.
+        """
+        from interceptors.oidc.browser import login_in_browser
+
+        if not callable(open_browser):
+            msg = f"open_browser must be a function of the address, not {type(open_browser).__name__}"
+            raise TypeError(msg)
+        _check_seconds(timeout, "timeout")
+        return login_in_browser(
+            self._metadata(),
+            self.client_id,
+            self._scope,
+            open_browser=open_browser,
+            timeout=timeout,
+            redeem=self._redeem,
+        )
+
+    def device_login(self, prompt: Callable[[DeviceLogin], object]) -> Session:
+        """A session for a person who logs in on any other device (RFC 8628).
+
+        Args:
+            prompt: Is called once, with what to tell the person: `verification_uri`, `user_code`,
+                `verification_uri_complete` (None if there is none) and `expires_in` (seconds). Waiting begins when it
+                returns.
+
+        Raises:
+            LoginRequired: The person has refused, or was not done while the code was good.
+            RefreshError: The issuer could not be asked, or gave no usable answer.
+            AuthError: The issuer has no such login.
+            TypeError: `prompt` is no function.
+        """
+        from interceptors.oidc.device import DEVICE_GRANT, device_authorization_from, poll
+
+        if not callable(prompt):
+            msg = f"prompt must be a function of what to tell the person, not {type(prompt).__name__}"
+            raise TypeError(msg)
+        endpoint = self._metadata().device_authorization_endpoint
+        if endpoint is None:
+            msg = f'{self.issuer} offers no login on another device: try "interceptors login" without --device'
+            raise AuthError(msg)
+        begun = device_authorization_from(self._ask(endpoint, {"scope": self._scope}), self.issuer)
+        prompt(begun.login)
+        issued_at, answer = poll(
+            lambda: self._token_request(DEVICE_GRANT, {"device_code": begun.device_code}),
+            interval=begun.interval,
+            expires_in=begun.login.expires_in,
+        )
+        return self._session(answer, issued_at)
 
     def client_credentials(self, session: Session | None = None) -> Session:  # noqa: ARG002 - a refresher's signature
         """A session for the client itself (RFC 6749 section 4.4). It needs none before, so it is a refresher as well.
+
+        The default scope, which asks about a person, is left out.
 
         Raises:
             RefreshError: The issuer could not be asked, or refused.
@@ -118,11 +203,14 @@ class OidcClient:
     def revoke(self, session: Session) -> None:
         """Revokes a session's tokens at the issuer (RFC 7009), so that a copy of them is worthless.
 
-        An issuer without a revocation endpoint is left alone: the tokens then end by their expiry.
+        The refresh token first, with which most issuers end all that came of it. An issuer without a revocation
+        endpoint is left alone: the tokens then end by their expiry.
 
         Raises:
             RefreshError: The issuer could not be asked; the tokens may still be valid.
+            LoginRequired: The session is another issuer's or client's.
         """
+        self._check_owner(session)
         endpoint = self._metadata().revocation_endpoint
         if endpoint is None:
             return
@@ -130,132 +218,115 @@ class OidcClient:
             if token:
                 response = self._post(endpoint, {"token": token, "token_type_hint": hint})
                 # Section 2.2.1: an issuer may be unable to revoke access tokens, and says so.
-                if response.status != _OK and hint == "refresh_token":
+                if response.status != http.OK and hint == "refresh_token":
                     msg = f"{self.issuer} did not revoke the session (HTTP {response.status}): try again later"
-                    raise RefreshError(msg)
+                    raise RefreshError(msg, retry_after=response.retry_after)
 
     def __repr__(self) -> str:
         return f"OidcClient({self.issuer!r}, {self.client_id!r})"
 
-    # One request at the token endpoint
+    def _check_owner(self, session: Session) -> None:
+        # A token is shown to nobody but the issuer that it is from.
+        for what, owner, ours in (
+            ("issuer", session.issuer, self.issuer),
+            ("client", session.client_id, self.client_id),
+        ):
+            if owner is not None and owner != ours:
+                msg = f"the session is one of the {what} {owner!r}, not {ours!r}: {LOGIN_HINT}, or use another profile"
+                raise LoginRequired(msg)
+
+    # Asking
+
+    def _redeem(self, redeemable: Redeemable) -> Session:
+        try:
+            issued_at, answer = self._token_request(
+                "authorization_code",
+                {
+                    "code": redeemable.code,
+                    "redirect_uri": redeemable.redirect_uri,
+                    "code_verifier": redeemable.verifier,
+                },
+            )
+        except Refused as refused:
+            if refused.error != "invalid_grant":
+                raise
+            msg = f"{self.issuer} did not accept the login ({refused.error}): {LOGIN_HINT} again"
+            raise LoginRequired(msg) from None
+        return self._session(answer, issued_at, nonce=redeemable.nonce)
 
     def _token_request(self, grant_type: str, parameters: Mapping[str, str]) -> tuple[float, dict[str, Any]]:
         endpoint = self._metadata().token_endpoint
         # Expiry counts from before the request: how long the answer took is not the token's.
         issued_at = time.time()
-        response = self._post(endpoint, {"grant_type": grant_type, **parameters})
+        return issued_at, self._ask(endpoint, {"grant_type": grant_type, **parameters})
+
+    def _ask(self, endpoint: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            response = self._post(endpoint, parameters)
+        except http.Unreachable:
+            self._discovered = None  # the endpoint may have moved
+            raise
         answer = response.content
-        if response.status != _OK or (answer is not None and "error" in answer):
-            self._refused(endpoint, response)
-        if answer is None:
-            msg = f"{endpoint} answered with something that is not a JSON object"
-            raise RefreshError(msg)
-        return issued_at, answer
+        error = (answer or {}).get("error")
+        if isinstance(error, str):
+            raise refusal(self.issuer, self.client_id, error, response.retry_after)
+        if answer is None or error is not None or response.status != http.OK:
+            self._discovered = None
+            msg = (
+                f"{endpoint} answered HTTP {response.status} without what OAuth asks for: is it the issuer's endpoint?"
+            )
+            raise RefreshError(msg, retry_after=response.retry_after)
+        return answer
 
     def _post(self, endpoint: str, parameters: Mapping[str, str]) -> http.Response:
         from authlib.common.urls import add_params_to_qs
         from authlib.oauth2.auth import ClientAuth
 
-        method = "none"
-        if self._client_secret is not None:
+        client_id, client_secret, method = self.client_id, self._client_secret, "none"
+        if client_secret is not None:
             methods = self._metadata().token_endpoint_auth_methods
             basic = "client_secret_basic" in methods or "client_secret_post" not in methods
             method = "client_secret_basic" if basic else "client_secret_post"
-        auth = ClientAuth(self.client_id, self._client_secret, method)
+            if basic:
+                # RFC 6749 section 2.3.1, which Authlib leaves to its callers.
+                client_id, client_secret = quote_plus(client_id), quote_plus(client_secret)
+        auth = ClientAuth(client_id, client_secret, method)
         body = add_params_to_qs("", list(parameters.items()))
         url, headers, body = auth.prepare("POST", endpoint, dict(_FORM), body)
-        headers.pop("Content-Length", None)  # httpx counts what it sends
         return http.request("POST", url, timeout=self._timeout, body=body, headers=headers)
-
-    def _refused(self, endpoint: str, response: http.Response) -> NoReturn:
-        error = (response.content or {}).get("error")
-        if not isinstance(error, str):
-            self._discovered = None  # the endpoint may have moved
-            msg = (
-                f"{endpoint} answered HTTP {response.status} without an OAuth error: is it the issuer's token endpoint?"
-            )
-            raise RefreshError(msg, retry_after=response.retry_after)
-        error = "".join(character for character in error[:64] if character.isalnum() or character == "_")
-        if error in _PERMANENT:
-            msg = f"the session at {self.issuer} has ended ({error}): {LOGIN_HINT}"
-            raise LoginRequired(msg)
-        msg = f"{self.issuer} refused the client {self.client_id!r} ({error}): check how the client is registered"
-        raise RefreshError(msg, retry_after=response.retry_after)
 
     # What an answer yields
 
     def _session(
         self, answer: Mapping[str, Any], issued_at: float, *, before: Session | None = None, nonce: str | None = None
     ) -> Session:
-        token_type = answer.get("token_type")
-        if not isinstance(token_type, str) or token_type.lower() != "bearer":
-            raise self._unusable("its token_type is not Bearer")
-        try:
-            check_b64token(answer.get("access_token"), "the access token")
-        except (TypeError, ValueError) as error:
-            why = str(error)
-            raise self._unusable(why) from None
-        refresh_token, id_token, scope = (self._text(answer, key) for key in ("refresh_token", "id_token", "scope"))
-        identity = self._identity(id_token, before, nonce)
-        expires_in = self._expires_in(answer.get("expires_in"))
-        return Session(
-            access_token=answer["access_token"],
-            expires_at=None if expires_in is None else issued_at + expires_in,
-            issued_at=issued_at,
-            # RFC 6749 section 6: what the answer leaves out stays as it was.
-            refresh_token=refresh_token or (before.refresh_token if before else None),
-            id_token=id_token or (before.id_token if before else None),
-            scope=scope or (before.scope if before else self._scope),
+        def claims_of(id_token: str | None) -> Mapping[str, Any] | None:
+            return self._claims(id_token, before, nonce)
+
+        return session_from(
+            answer,
             issuer=self.issuer,
             client_id=self.client_id,
-            **identity,
+            scope=self._scope,
+            issued_at=issued_at,
+            before=before,
+            claims_of=claims_of,
         )
 
-    def _identity(self, id_token: str | None, before: Session | None, nonce: str | None) -> dict[str, str | None]:
-        identity = {name: getattr(before, name) if before else None for name in ("subject", "name", "email")}
-        if id_token is None:
-            if nonce is not None and "openid" in self._scope.split():
-                raise self._unusable("it has no id token")
-            return identity
+    def _claims(self, id_token: str | None, before: Session | None, nonce: str | None) -> Mapping[str, Any] | None:
         from interceptors.oidc.id_tokens import KeysUnavailable
 
-        try:
-            claims = self._discover()[1].claims(id_token, nonce=nonce)
-        except KeysUnavailable:
-            if before is None:
-                raise
-            # The old refresh token is spent: to lose the new one over an id token would be to lose the session.
-            return identity
-        if before is not None and before.subject is not None and claims["sub"] != before.subject:
-            # OpenID Connect Core section 12.2: the issuer was checked, the subject must stay as well.
-            raise self._unusable("its id token is about another subject")
-        identity["subject"] = claims["sub"]
-        for name in ("name", "email"):
-            if isinstance(claims.get(name), str):
-                identity[name] = claims[name]
-        return identity
-
-    def _expires_in(self, value: object) -> float | None:
-        if value is None:
+        if id_token is None:
+            if nonce is not None and "openid" in self._scope.split():
+                raise unusable(self.issuer, "it has no id token")
             return None
+        if before is None:
+            return self._discover()[1].at_login(id_token, nonce=nonce)
         try:
-            # Some issuers send it as a string.
-            seconds = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-        except ValueError:
-            seconds = math.nan
-        if not (math.isfinite(seconds) and seconds >= 0):
-            raise self._unusable("its expires_in is no number of seconds")
-        return seconds
-
-    def _text(self, answer: Mapping[str, Any], key: str) -> str | None:
-        value = answer.get(key)
-        if value is not None and not isinstance(value, str):
-            why = f"its {key} is no string"
-            raise self._unusable(why)
-        return value or None
-
-    def _unusable(self, why: str) -> RefreshError:
-        return RefreshError(f"the answer from {self.issuer} is not usable: {why}")
+            return self._discover()[1].at_refresh(id_token, subject=before.subject)
+        except KeysUnavailable:
+            # The old refresh token is spent: to lose the new one over an id token would be to lose the session.
+            return None
 
     # Discovery
 
@@ -271,7 +342,22 @@ class OidcClient:
             discovered = self._discovered
             if discovered is not None and now - discovered[0] < _DISCOVERY_SECONDS:
                 return discovered[1], discovered[2]
-            metadata = discover(self.issuer, self._timeout)
+            try:
+                metadata = discover(self.issuer, self._timeout)
+            except RefreshError:
+                if discovered is None:
+                    raise
+                # What it said an hour ago is better than nothing.
+                return discovered[1], discovered[2]
             checker = IdTokenChecker(metadata, self.client_id, self._timeout)
             self._discovered = (now, metadata, checker)
             return metadata, checker
+
+
+def _check_seconds(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a number of seconds, not {type(value).__name__}"
+        raise TypeError(msg)
+    if not (value > 0 and math.isfinite(value)):
+        msg = f"{name} must be a positive number of seconds, not {value}"
+        raise ValueError(msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -9,7 +10,6 @@ from urllib.parse import urlsplit, urlunsplit
 from interceptors.errors import RefreshError
 from interceptors.oidc import http
 
-_OK: Final = 200
 _ENDPOINTS: Final = (
     "authorization_endpoint",
     "token_endpoint",
@@ -42,7 +42,7 @@ def discover(issuer: str, timeout: float) -> Metadata:
     """
     for url in _locations(issuer):
         response = http.request("GET", url, timeout=timeout)
-        if response.status == _OK:
+        if response.status == http.OK:
             return _checked(response.content, issuer, url)
     msg = (
         f"{issuer} has no discovery document at {' or '.join(_locations(issuer))}: "
@@ -67,14 +67,14 @@ def _checked(content: dict[str, Any] | None, issuer: str, url: str) -> Metadata:
         raise RefreshError(msg)
     if content.get("issuer") != issuer:
         # RFC 8414 section 3.3: another issuer's document must not be used.
-        msg = f"the discovery document {url} names the issuer {content.get('issuer')!r}, expected {issuer!r}"
+        named = reprlib.repr(content.get("issuer"))
+        msg = f"the discovery document {url} names the issuer {named}, expected {issuer!r}"
         raise RefreshError(msg)
     for name in _ENDPOINTS:
         endpoint = content.get(name)
         if endpoint is not None and not http.is_secure(endpoint):
-            msg = (
-                f"the discovery document {url} names the {name} {endpoint!r}, expected an https URL (http on loopback)"
-            )
+            named = reprlib.repr(endpoint)
+            msg = f"the discovery document {url} names the {name} {named}, expected an https URL (http on loopback)"
             raise RefreshError(msg)
     if content.get("token_endpoint") is None:
         msg = f"the discovery document {url} names no token_endpoint"

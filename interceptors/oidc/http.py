@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import email.utils
 import ipaddress
 import json
+import socket
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -16,14 +18,25 @@ from interceptors.errors import RefreshError
 from interceptors.waiting import settle
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator, Mapping
 
     import httpx
+
+OK: Final = 200
 
 _SIZE_LIMIT: Final = 1024 * 1024
 _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "interceptors"}
 _TOO_MANY_REQUESTS: Final = 429
 _SERVER_ERRORS: Final = 500
+
+
+class NotNow(RefreshError):  # noqa: N818 - it says what happened
+    """The issuer has not dealt with the request, and may later."""
+
+
+class Unreachable(NotNow):
+    """There was no answer at all: nobody knows whether the request arrived."""
 
 
 @dataclass(frozen=True)
@@ -46,50 +59,81 @@ def request(
     """One exchange with an issuer, at most `timeout` seconds in all, however slowly the bytes come.
 
     Raises:
-        RefreshError: There was no answer, or one that says to try again later (429, 5xx).
+        Unreachable: There was no answer in time.
+        NotNow: The answer says to try again later (429, 5xx).
+        RefreshError: The answer is too large, or `url` cannot be asked.
     """
     answer: Future[Response] = Future()
+    connections: list[socket.socket] = []
 
     def exchange() -> None:
         try:
-            answer.set_result(_exchange(method, url, timeout, body, {**_HEADERS, **(headers or {})}))
+            content = _exchange(method, url, timeout, body, {**_HEADERS, **(headers or {})}, connections)
         except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
             settle(answer, error)
+        else:
+            settle(answer, content)
 
     # httpx bounds each read, not their sum; so the exchange has a thread that can be left behind.
     threading.Thread(target=exchange, name="interceptors-http", daemon=True).start()
     try:
         response = answer.result(timeout)
     except TimeoutError:
+        for connection in connections:
+            # It wakes the thread. Closing would free the descriptor's number while the thread still reads from it.
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         msg = f"{_place(url)} did not answer within {timeout:g} s: check the network, or whether the issuer is up"
-        raise RefreshError(msg) from None
+        raise Unreachable(msg) from None
     if response.status == _TOO_MANY_REQUESTS or response.status >= _SERVER_ERRORS:
         msg = f"{_place(url)} answered HTTP {response.status}: try again later"
-        raise RefreshError(msg, retry_after=response.retry_after)
+        raise NotNow(msg, retry_after=response.retry_after)
     return response
 
 
-def _exchange(method: str, url: str, timeout: float, body: str | None, headers: dict[str, str]) -> Response:
+def _exchange(
+    method: str,
+    url: str,
+    timeout: float,
+    body: str | None,
+    headers: dict[str, str],
+    connections: list[socket.socket],
+) -> Response:
     import httpx
 
+    def trace(event: str, info: dict[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connection = info["return_value"].get_extra_info("socket")
+            if connection is not None:
+                connections.append(connection)
+
     deadline = time.monotonic() + timeout
+    # A proxy has no business between us and loopback, where the transport is not encrypted.
+    trust_env = not is_loopback(url)
     try:
         with (
-            # A proxy has no business between us and loopback, where the transport is not encrypted.
-            httpx.Client(timeout=timeout, follow_redirects=False, trust_env=not is_loopback(url)) as client,
-            client.stream(method, url, content=body, headers=headers) as response,
+            httpx.Client(verify=_tls(), timeout=timeout, follow_redirects=False, trust_env=trust_env) as client,
+            client.stream(method, url, content=body, headers=headers, extensions={"trace": trace}) as response,
         ):
             content = b"".join(_bounded(response, deadline))
             return Response(response.status_code, _json_object(content), _retry_after(response))
-    except httpx.InvalidURL as error:
-        msg = f"{_place(url)} is not a URL that can be asked ({error})"
+    except httpx.InvalidURL:
+        msg = f"{_place(url)} is not a URL that can be asked"
         raise RefreshError(msg) from None
     except httpx.HTTPError as error:
         # The exception holds the request, and that may hold a secret; its name says enough.
         msg = (
             f"{_place(url)} cannot be reached ({type(error).__name__}): check the network, or whether the issuer is up"
         )
-        raise RefreshError(msg) from None
+        raise Unreachable(msg) from None
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    # Reading all root certificates takes tens of milliseconds.
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def _bounded(response: httpx.Response, deadline: float) -> Iterator[bytes]:
@@ -113,11 +157,13 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
+    from email.utils import parsedate_to_datetime
+
     value = response.headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return None
 

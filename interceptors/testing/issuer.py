@@ -12,9 +12,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Final, Self, cast
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote_plus, urlencode, urlsplit
 
 from joserfc import jwt
 from joserfc.errors import JoseError
@@ -109,7 +110,8 @@ class FakeIssuer:
         self.client_secret = client_secret
         self.auto_approve = auto_approve
         self.subject = "alice"
-        self.device_interval: int | None = None
+        self.device_interval: float | None = None
+        """Seconds between two polls of the device flow, as the issuer names it; None: it names none, which means 5."""
         self.requests: list[IssuerRequest] = []
         """Every request that was answered, oldest first."""
         self.delay = 0.0
@@ -120,7 +122,7 @@ class FakeIssuer:
         self._open.set()
         self._arrived = threading.Condition(self._lock)
         self._arrivals = 0
-        self._scripted: list[_Answer] = []
+        self._scripted: list[tuple[str, _Answer]] = []
         self._families: list[_Family] = []
         self._refresh_tokens: dict[str, _Family] = {}
         self._grants: dict[str, _Grant] = {}
@@ -259,8 +261,17 @@ class FakeIssuer:
         headers: Mapping[str, str] | None = None,
         *,
         times: int = 1,
+        path: str = "/token",
     ) -> None:
-        """Answers the next token requests with this, whatever it is."""
+        """Answers the next requests for `path` with this, whatever it is; by default the next token requests.
+
+        Args:
+            status: HTTP's.
+            body: As it is, or what is sent as JSON.
+            headers: What is sent along.
+            times: How many requests are answered so.
+            path: Also `/jwks`, `/.well-known/openid-configuration`, `/device_authorization`, `/authorize`, `/revoke`.
+        """
         headers = dict(headers or {})
         if isinstance(body, (bytes, str)):
             content = body.encode() if isinstance(body, str) else body
@@ -268,7 +279,7 @@ class FakeIssuer:
             content = json.dumps(body).encode()
             headers.setdefault("Content-Type", "application/json")
         with self._lock:
-            self._scripted += [_Answer(status, content, headers)] * times
+            self._scripted += [(path, _Answer(status, content, headers))] * times
 
     def fail_next(self, times: int = 1, *, status: int = 503, error: str = "temporarily_unavailable") -> None:
         """Fails the next token requests with an OAuth error (RFC 6749 section 5.2)."""
@@ -326,12 +337,7 @@ class FakeIssuer:
         parts = urlsplit(target)
         form = {name: values[0] for name, values in parse_qs(body.decode("latin-1")).items()}
         grant_type: str | None = None
-        if method == "GET" and parts.path.startswith("/.well-known/"):
-            answer = _json(200, self._metadata()) if parts.path in _DISCOVERY else _json(404, {})
-        elif method == "GET" and parts.path == "/jwks":
-            with self._lock:
-                answer = _json(200, {"keys": [key.as_dict(private=False) for key in self._keys]})
-        elif method == "POST" and parts.path == "/token":
+        if method == "POST" and parts.path == "/token":
             grant_type = form.get("grant_type")
             with self._lock:
                 self._arrivals += 1
@@ -339,8 +345,17 @@ class FakeIssuer:
             self._open.wait()
             if self.delay:
                 time.sleep(self.delay)
+        scripted = self._next_scripted(parts.path)
+        if scripted is not None:
+            answer = scripted
+        elif method == "POST" and parts.path == "/token":
             with self._lock:
-                answer = self._scripted.pop(0) if self._scripted else self._token(form, authorization)
+                answer = self._token(form, authorization)
+        elif method == "GET" and parts.path in _DISCOVERY:
+            answer = _json(200, self._metadata())
+        elif method == "GET" and parts.path == "/jwks":
+            with self._lock:
+                answer = _json(200, {"keys": [key.as_dict(private=False) for key in self._keys]})
         elif method == "GET" and parts.path == "/authorize":
             answer = self._authorize({name: values[0] for name, values in parse_qs(parts.query).items()})
         elif method == "POST" and parts.path == "/device_authorization":
@@ -352,6 +367,14 @@ class FakeIssuer:
         with self._lock:
             self.requests.append(IssuerRequest(parts.path, grant_type, answer.status, self._clock()))
         return answer
+
+    def _next_scripted(self, path: str) -> _Answer | None:
+        with self._lock:
+            for index, (of, answer) in enumerate(self._scripted):
+                if of == path:
+                    del self._scripted[index]
+                    return answer
+        return None
 
     def _metadata(self) -> dict[str, Any]:
         issuer = self.issuer
@@ -387,7 +410,12 @@ class FakeIssuer:
     def _client_is_known(self, form: Mapping[str, str], authorization: str | None) -> bool:
         client_id, client_secret = form.get("client_id"), form.get("client_secret")
         if authorization and authorization.startswith("Basic "):
-            client_id, _, client_secret = base64.b64decode(authorization[6:]).decode().partition(":")
+            try:
+                client_id, _, client_secret = base64.b64decode(authorization[6:]).decode().partition(":")
+            except ValueError:
+                return False
+            # RFC 6749 section 2.3.1
+            client_id, client_secret = unquote_plus(client_id), unquote_plus(client_secret)
         return client_id == self.client_id and client_secret == self.client_secret
 
     def _refresh(self, form: Mapping[str, str]) -> _Answer:
@@ -402,7 +430,7 @@ class FakeIssuer:
         return _json(200, self._tokens(family))
 
     def _tokens(self, family: _Family, *, refreshable: bool = True) -> dict[str, Any]:
-        now = self._clock()
+        now, lifetime = self._clock(), self.access_token_lifetime
         key = self._keys[0]
         header = {"alg": "RS256", "kid": key.kid, "typ": "at+jwt"}
         claims = {
@@ -411,14 +439,15 @@ class FakeIssuer:
             "aud": self.audience,
             "client_id": family.client_id,
             "iat": now,
-            "exp": now + self.access_token_lifetime,
+            "exp": now + lifetime,
             "jti": secrets.token_urlsafe(9),
             "scope": family.scope,
         }
         answer: dict[str, Any] = {
             "access_token": jwt.encode(header, claims, key),
             "token_type": "Bearer",
-            "expires_in": self.access_token_lifetime,
+            # A whole number where it is one, as RFC 6749 has it; strict clients read nothing else.
+            "expires_in": int(lifetime) if lifetime == int(lifetime) else lifetime,
             "scope": family.scope,
         }
         if refreshable:
@@ -549,7 +578,9 @@ def _error(status: int, error: str) -> _Answer:
     return _json(status, {"error": error})
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(ThreadingMixIn, TCPServer):
+    # Not http.server's, which looks its own name up in the DNS.
+    allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
