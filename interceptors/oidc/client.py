@@ -182,7 +182,7 @@ class OidcClient:
             interval=begun.interval,
             expires_in=begun.login.expires_in,
         )
-        return self._session(answer, issued_at)
+        return self._session(answer, issued_at, scope=self._scope)
 
     def client_credentials(self, session: Session | None = None) -> Session:  # noqa: ARG002 - a refresher's signature
         """A session for the client itself (RFC 6749 section 4.4). It needs none before, so it is a refresher as well.
@@ -196,9 +196,9 @@ class OidcClient:
         if self._client_secret is None:
             msg = "the client credentials grant needs a confidential client: pass client_secret"
             raise AuthError(msg)
-        scope = "" if self._scope == _DEFAULT_SCOPE else self._scope
+        scope = None if self._scope == _DEFAULT_SCOPE else self._scope
         issued_at, answer = self._token_request("client_credentials", {"scope": scope} if scope else {})
-        return self._session(answer, issued_at)
+        return self._session(answer, issued_at, scope=scope)
 
     def revoke(self, session: Session) -> None:
         """Revokes a session's tokens at the issuer (RFC 7009), so that a copy of them is worthless.
@@ -252,7 +252,7 @@ class OidcClient:
                 raise
             msg = f"{self.issuer} did not accept the login ({refused.error}): {LOGIN_HINT} again"
             raise LoginRequired(msg) from None
-        return self._session(answer, issued_at, nonce=redeemable.nonce)
+        return self._session(answer, issued_at, scope=self._scope, nonce=redeemable.nonce)
 
     def _token_request(self, grant_type: str, parameters: Mapping[str, str]) -> tuple[float, dict[str, Any]]:
         endpoint = self._metadata().token_endpoint
@@ -298,7 +298,13 @@ class OidcClient:
     # What an answer yields
 
     def _session(
-        self, answer: Mapping[str, Any], issued_at: float, *, before: Session | None = None, nonce: str | None = None
+        self,
+        answer: Mapping[str, Any],
+        issued_at: float,
+        *,
+        scope: str | None = None,
+        before: Session | None = None,
+        nonce: str | None = None,
     ) -> Session:
         def claims_of(id_token: str | None) -> Mapping[str, Any] | None:
             return self._claims(id_token, before, nonce)
@@ -307,7 +313,7 @@ class OidcClient:
             answer,
             issuer=self.issuer,
             client_id=self.client_id,
-            scope=self._scope,
+            scope=scope,
             issued_at=issued_at,
             before=before,
             claims_of=claims_of,
