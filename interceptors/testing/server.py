@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
 from interceptors.gen.kontext.agent.v1 import event_pb2_grpc, heartbeat_pb2_grpc
-from interceptors.testing.services import Attempt, Refused, Services
+from interceptors.testing.attempts import Attempt, Refused
+from interceptors.testing.services import Services
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from interceptors.testing.connect import ConnectServer
     from interceptors.testing.issuer import FakeIssuer
 
 
 class FakeServer(Services):
     """A server for tests: it verifies each token's signature and expiry, and records every executed request.
 
-    Use it as a context manager; it serves when entered. See `Services` for what it can be told and asked.
+    Use it as a context manager; it serves gRPC at `target` when entered, and Connect from when its `url` is asked for.
+    See `Services` for what it can be told and asked.
 
     Args:
         issuer: Whose tokens are good.
         verify: Instead of `issuer`: raises `TokenRefused` unless the token that it is called with is good.
-        max_workers: How many gRPC calls are served at the same time.
+        max_workers: How many calls are served at the same time.
     """
 
     def __init__(
@@ -44,9 +48,13 @@ class FakeServer(Services):
         self._max_workers = max_workers
         self._server: grpc.Server | None = None
         self._port = 0
+        self._connect: ConnectServer | None = None
+        self._connect_port = 0
+        self._starting = threading.Lock()
 
     def start(self) -> Self:
-        """Starts to serve on a free port."""
+        """Starts to serve on a free port, which stays the same over a `stop`."""
+        self.open_up()
         # Several servers must not share a port, which gRPC would allow.
         self._server = grpc.server(
             ThreadPoolExecutor(self._max_workers, thread_name_prefix="fake-server"), options=[("grpc.so_reuseport", 0)]
@@ -55,19 +63,53 @@ class FakeServer(Services):
         event_pb2_grpc.add_EventServiceServicer_to_server(_Events(self), self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         self._server.start()
+        if self._connect_port:
+            self._serve_connect()
         return self
 
     def stop(self) -> None:
         """Stops to serve; calls that are still running are ended."""
-        self.release()
+        self.close_down()
         server, self._server = self._server, None
         if server is not None:
             server.stop(None).wait()
+        connect, self._connect = self._connect, None
+        if connect is not None:
+            connect.stop()
 
     @property
     def target(self) -> str:
         """What a gRPC channel connects to."""
         return f"127.0.0.1:{self._port}"
+
+    @property
+    def url(self) -> str:
+        """What a Connect client connects to: all three protocols, HTTP/1.1 and HTTP/2 without TLS, an ASGI application.
+
+        Raises:
+            ImportError: The extra "testing" is not installed.
+            RuntimeError: The server is not running.
+        """
+        self._serve_connect()
+        return f"http://127.0.0.1:{self._connect_port}"
+
+    @property
+    def wsgi_url(self) -> str:
+        """`url`, but what answers is a WSGI application."""
+        from interceptors.testing.connect import WSGI_PATH
+
+        return f"{self.url}{WSGI_PATH}"
+
+    def _serve_connect(self) -> None:
+        from interceptors.testing.connect import ConnectServer
+
+        with self._starting:
+            if self._connect is None:
+                if self._server is None:
+                    msg = "the fake server is not running: use it as a context manager"
+                    raise RuntimeError(msg)
+                self._connect = ConnectServer(self, self._connect_port, self._max_workers)
+                self._connect_port = self._connect.port
 
     def __enter__(self) -> Self:
         return self.start()
@@ -78,16 +120,17 @@ class FakeServer(Services):
         self.stop()
 
 
-def _begin(services: Services, method: str, context: grpc.ServicerContext) -> Attempt:
+def _attempt(services: Services, method: str, context: grpc.ServicerContext) -> Attempt:
     remaining = context.time_remaining()
-    # gRPC says "about 292 years" for no deadline.
     attempt = Attempt(
         services,
         method,
         [(str(key), str(value)) for key, value in context.invocation_metadata()],
+        # gRPC says "about 292 years" for no deadline.
         remaining if remaining is not None and remaining < 10**9 else None,
     )
-    attempt.begin()
+    if not context.add_callback(attempt.hang_up):
+        attempt.hang_up()
     return attempt
 
 
@@ -107,14 +150,7 @@ class _Heartbeats(heartbeat_pb2_grpc.HeartbeatServiceServicer):
 
     def WatchSession(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         try:
-            attempt = _begin(self._services, "WatchSession", context)
-            attempt.took(request)
-            sequence = 0
-            while context.is_active() and not (request.max_messages and sequence >= request.max_messages):
-                sequence += 1
-                yield self._services.session_change(request, sequence)
-                attempt.sent()
-            attempt.executed()
+            yield from _attempt(self._services, "WatchSession", context).watch(request)
         except Refused as refused:
             _abort(context, refused)
 
@@ -128,32 +164,19 @@ class _Events(event_pb2_grpc.EventServiceServicer):
 
     def IngestEvents(self, request_iterator: Iterator[Any], context: Any) -> Any:  # noqa: N802
         try:
-            attempt = _begin(self._services, "IngestEvents", context)
-            requests = []
-            for request in request_iterator:
-                requests.append(request)
-                attempt.received(request)
-            attempt.executed()
-            return self._services.ingested(requests)
+            return _attempt(self._services, "IngestEvents", context).ingest(request_iterator)
         except Refused as refused:
             _abort(context, refused)
 
     def StreamHookEvents(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         try:
-            attempt = _begin(self._services, "StreamHookEvents", context)
-            for request in request_iterator:
-                attempt.received(request)
-                yield self._services.streamed_decision(request)
-            attempt.executed()
+            yield from _attempt(self._services, "StreamHookEvents", context).converse(request_iterator)
         except Refused as refused:
             _abort(context, refused)
 
 
 def _unary(services: Services, method: str, answer: Callable[[Any], Any], request: Any, context: Any) -> Any:
     try:
-        attempt = _begin(services, method, context)
-        attempt.received(request)
-        attempt.executed()
-        return answer(request)
+        return _attempt(services, method, context).unary(request, answer)
     except Refused as refused:
         _abort(context, refused)

@@ -3,104 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from interceptors.gen.kontext.agent.v1 import event_pb2, heartbeat_pb2
+from interceptors.testing.attempts import Plan, Refused, ServedCall
 from interceptors.testing.issuer import TokenRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-
-@dataclass(frozen=True)
-class ServedCall:
-    """A call that was executed: it got past authentication and ran to its end."""
-
-    method: str
-    messages: tuple[Any, ...]
-    token: str = field(repr=False)
-    metadata: tuple[tuple[str, str], ...] = field(repr=False)
-    time_remaining: float | None
-    at: float
-
-    @property
-    def event_ids(self) -> tuple[str, ...]:
-        """The ids of the events in the call's messages."""
-        return tuple(message.event.event_id for message in self.messages if hasattr(message, "event"))
-
-
-class Refused(Exception):  # noqa: N818 - it says what happened
-    """The call is refused; the message is what the client sees."""
-
-    def __init__(self, details: str, code: str = "UNAUTHENTICATED") -> None:
-        super().__init__(details)
-        self.code = code
-
-
-@dataclass
-class _Plan:
-    """Refuse one call, once it has received (or, if it streams its answers, sent) so many messages."""
-
-    after_messages: int
-    code: str
-    details: str
-    method: str | None
-
-
-class Attempt:
-    """One transmission of a call, as the server sees it."""
-
-    def __init__(
-        self,
-        services: Services,
-        method: str,
-        metadata: Sequence[tuple[str, str]],
-        time_remaining: float | None,
-    ) -> None:
-        self._services = services
-        self._method = method
-        self._metadata = tuple((key, value) for key, value in metadata)
-        self._time_remaining = time_remaining
-        self._token = ""
-        self._messages: list[Any] = []
-        self._plan: _Plan | None = None
-        self._sent = 0
-
-    def begin(self) -> None:
-        """Lets the call in, or raises `Refused`."""
-        self._token, self._plan = self._services._admit(self._method, self._metadata)  # noqa: SLF001
-        self._check(0)
-
-    def took(self, message: Any) -> None:
-        """The one request of a call that streams its answers has come."""
-        self._messages.append(message)
-
-    def received(self, message: Any) -> None:
-        """A request has come; raises `Refused` if it is the one too many."""
-        self.took(message)
-        self._check(len(self._messages))
-
-    def sent(self) -> None:
-        """A response was sent; raises `Refused` if it is the one too many."""
-        self._sent += 1
-        self._check(self._sent)
-
-    def executed(self) -> None:
-        """The call has come to its good end."""
-        self._services._record(  # noqa: SLF001
-            ServedCall(
-                self._method, tuple(self._messages), self._token, self._metadata, self._time_remaining, time.time()
-            )
-        )
-
-    def _check(self, messages: int) -> None:
-        plan = self._plan
-        if plan is not None and messages >= plan.after_messages:
-            self._services._count_refusal()  # noqa: SLF001
-            raise Refused(plan.details, plan.code)
+    from interceptors.tokens import Token
 
 
 class Services:
@@ -113,10 +26,11 @@ class Services:
     def __init__(self, verify: Callable[[str], object]) -> None:
         self._verify = verify
         self._changed = threading.Condition()
-        self._plans: list[_Plan] = []
+        self._plans: list[Plan] = []
         self._refuse_all = False
-        self._open = threading.Event()
-        self._open.set()
+        self._refused_tokens: set[str] = set()
+        self._held = False
+        self._closed = False
         self.heartbeats: Counter[str] = Counter()
         self.attempts = 0
         """Transmissions that have arrived, refused ones too."""
@@ -145,19 +59,26 @@ class Services:
             details: The status' message.
         """
         with self._changed:
-            self._plans += [_Plan(after_messages, code, details, method) for _ in range(count)]
+            self._plans += [Plan(after_messages, code, details, method) for _ in range(count)]
 
     def refuse_all(self, refuse: bool = True) -> None:  # noqa: FBT001, FBT002 - reads well at the call
         """Refuses every call, whatever its token."""
         self._refuse_all = refuse
 
+    def refuse_token(self, token: Token) -> None:
+        """Refuses every call that carries this token, although its issuer holds it for good."""
+        with self._changed:
+            self._refused_tokens.add(token.value)
+
     def hold(self) -> None:
         """Keeps calls waiting at the door, until `release`."""
-        self._open.clear()
+        self._held = True
 
     def release(self) -> None:
         """Ends `hold`."""
-        self._open.set()
+        with self._changed:
+            self._held = False
+            self._changed.notify_all()
 
     # What a test can ask
 
@@ -178,28 +99,43 @@ class Services:
                 msg = f"what was waited for did not happen within {timeout:g} s"
                 raise TimeoutError(msg)
 
+    # For the servers
+
+    def open_up(self) -> None:
+        """Calls may come."""
+        self._closed = False
+
+    def close_down(self) -> None:
+        """Has whoever waits stop: the server is being stopped."""
+        with self._changed:
+            self._closed = True
+            self._held = False
+            self._changed.notify_all()
+
     # For `Attempt`
 
-    def _admit(self, method: str, metadata: Sequence[tuple[str, str]]) -> tuple[str, _Plan | None]:
+    @property
+    def held(self) -> bool:
+        """Whether calls wait at the door."""
+        return self._held
+
+    def arrived(self) -> None:
+        """A call has come."""
         with self._changed:
             self.attempts += 1
             self._changed.notify_all()
-        self._open.wait()
+
+    def wait_at_the_door(self, gone: threading.Event) -> None:
+        """Waits until calls are let in, or the client is `gone`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or gone.is_set())
+
+    def admit(self, method: str, metadata: Sequence[tuple[str, str]]) -> tuple[str, Plan | None]:
+        """The token of a call that is let in, and what is planned for it; raises `Refused`."""
         try:
-            values = [value for key, value in metadata if key.lower() == "authorization"]
-            if len(values) != 1 or not values[0].startswith("Bearer "):
-                msg = f"expected one bearer token, got {len(values)} authorization entries"
-                raise Refused(msg)
-            token = values[0].removeprefix("Bearer ")
-            if self._refuse_all:
-                raise Refused("every token is refused")
-            try:
-                self._verify(token)
-            except TokenRefused as error:
-                msg = f"the token is refused: {error}"
-                raise Refused(msg) from None
+            token = self._good_token(metadata)
         except Refused:
-            self._count_refusal()
+            self.refused()
             raise
         with self._changed:
             for plan in self._plans:
@@ -208,14 +144,49 @@ class Services:
                     return token, plan
         return token, None
 
-    def _count_refusal(self) -> None:
+    def _good_token(self, metadata: Sequence[tuple[str, str]]) -> str:
+        values = [value for key, value in metadata if key.lower() == "authorization"]
+        if len(values) != 1 or not values[0].startswith("Bearer "):
+            msg = f"expected one bearer token, got {len(values)} authorization entries"
+            raise Refused(msg)
+        token = values[0].removeprefix("Bearer ")
+        if self._refuse_all:
+            raise Refused("every token is refused")
+        if token in self._refused_tokens:
+            raise Refused("this token is refused")
+        try:
+            self._verify(token)
+        except TokenRefused as error:
+            msg = f"the token is refused: {error}"
+            raise Refused(msg) from None
+        return token
+
+    def refused(self) -> None:
+        """A call was refused."""
         with self._changed:
             self.refusals += 1
             self._changed.notify_all()
 
-    def _record(self, call: ServedCall) -> None:
+    def executed(self, call: ServedCall) -> None:
+        """A call has come to its good end."""
         with self._changed:
             self.calls.append(call)
+            self._changed.notify_all()
+
+    def wait_for_change(self, session_id: str, sent: int, gone: threading.Event) -> bool:
+        """Waits until a watcher that was `sent` so many messages is due another one; False if it is `gone`.
+
+        The first is due at once, and one more with each heartbeat.
+        """
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: gone.is_set() or self._closed or self.heartbeats[session_id] >= sent
+            ) and not (gone.is_set() or self._closed)
+
+    def hang_up(self, gone: threading.Event) -> None:
+        """Has whoever waits on behalf of a client that is `gone` stop."""
+        with self._changed:
+            gone.set()
             self._changed.notify_all()
 
     # What is answered
@@ -224,6 +195,7 @@ class Services:
         """Answers Heartbeat."""
         with self._changed:
             self.heartbeats[request.session_id] += 1
+            self._changed.notify_all()
         return heartbeat_pb2.HeartbeatResponse(sequence=request.sequence, state=_ACTIVE)
 
     def session(self, request: Any) -> Any:

@@ -1,0 +1,197 @@
+"""ASGI adapters for the fake server: by path, to a WSGI application, and around a server that forgets ended streams."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+
+    Scope = MutableMapping[str, Any]
+    Message = Mapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def routed(applications: Mapping[str, Application]) -> Application:
+    """Hands each request to the application with the longest path that its own begins with."""
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            msg = f"only HTTP is served, not {scope['type']}"
+            raise RuntimeError(msg)
+        for path, application in applications.items():
+            if scope["path"].startswith(f"{path}/"):
+                await application(scope, receive, send)
+                return
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return route
+
+
+def drained(application: Application) -> Application:
+    """Takes in what a client still sends when it has been answered already, as a refused client stream does.
+
+    Hypercorn forgets an HTTP/2 stream when its response ends, and breaks the whole connection when more of the request
+    comes. So the response ends with trailers of which more are announced: to the client that is the end, to Hypercorn
+    only this function's return is.
+    """
+
+    async def drain(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["http_version"] != "2":
+            await application(scope, receive, send)
+            return
+        received = False
+        has_trailers = False
+
+        async def receiving() -> Message:
+            nonlocal received
+            message = await receive()
+            received = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal has_trailers
+            if message["type"] == "http.response.start":
+                has_trailers = message.get("trailers", False)
+                await send({**message, "trailers": True})
+            elif message["type"] == "http.response.trailers":
+                await send({**message, "more_trailers": True})
+            else:
+                await send(message)
+                if not message.get("more_body", False) and not has_trailers:
+                    await send({"type": "http.response.trailers", "headers": [], "more_trailers": True})
+
+        # Without it Hypercorn would send none.
+        scope["headers"] = [*(pair for pair in scope["headers"] if pair[0] != b"te"), (b"te", b"trailers")]
+        await application(scope, receiving, sending)
+        while not received:
+            await receiving()
+
+    return drain
+
+
+class WsgiBridge:
+    """A WSGI application as an ASGI one, each call on a thread, with request and response streamed.
+
+    Args:
+        application: The WSGI application.
+        root: The path that it is served under.
+    """
+
+    def __init__(self, application: Callable[[dict[str, Any], Any], Any], root: str) -> None:
+        self._application = application
+        self._root = root
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        body = _Body()
+        response = _Response(lambda message: asyncio.run_coroutine_threadsafe(_sent(send, message), loop).result())
+        feeding = asyncio.create_task(body.feed(receive))
+        try:
+            await loop.run_in_executor(None, self._run, self._environ(scope, body, response), response)
+        finally:
+            feeding.cancel()
+
+    def _run(self, environ: dict[str, Any], response: _Response) -> None:
+        chunks = self._application(environ, response.start)
+        try:
+            for chunk in chunks:
+                response.write(chunk)
+            response.end()
+        finally:
+            if hasattr(chunks, "close"):
+                chunks.close()
+
+    def _environ(self, scope: Scope, body: _Body, response: _Response) -> dict[str, Any]:
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": scope["method"],
+            "SCRIPT_NAME": "",
+            "PATH_INFO": scope["path"].removeprefix(self._root),
+            "QUERY_STRING": scope["query_string"].decode("ascii"),
+            "SERVER_PROTOCOL": f"HTTP/{scope['http_version']}",
+            "SERVER_NAME": scope["server"][0],
+            "SERVER_PORT": str(scope["server"][1]),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": scope["scheme"],
+            "wsgi.input": body,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
+        if scope["http_version"] == "2":
+            environ["wsgi.ext.http.send_trailers"] = response.trailers.extend
+        for key, value in scope["headers"]:
+            name = key.decode("latin-1").upper().replace("-", "_")
+            name = name if name in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{name}"
+            text = value.decode("latin-1")
+            environ[name] = f"{environ[name]}, {text}" if name in environ else text
+        return environ
+
+
+async def _sent(send: Send, message: Message) -> None:
+    await send(message)
+
+
+class _Body:
+    """The request's body, for a thread: each read returns what there is, as streams of messages need it."""
+
+    def __init__(self) -> None:
+        self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._rest = b""
+        self._ended = False
+
+    async def feed(self, receive: Receive) -> None:
+        try:
+            more = True
+            while more:
+                message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+                if chunk := message.get("body", b""):
+                    self._chunks.put(chunk)
+        finally:
+            self._chunks.put(b"")
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; the rest of the body if it is negative; nothing at the body's end."""
+        if size < 0:
+            return b"".join(iter(lambda: self.read(1 << 16), b""))
+        if not self._rest and not self._ended:
+            self._rest = self._chunks.get()
+            self._ended = not self._rest
+        chunk, self._rest = self._rest[:size], self._rest[size:]
+        return chunk
+
+
+class _Response:
+    def __init__(self, send: Callable[[Message], None]) -> None:
+        self._send = send
+        self._begin: Message | None = None
+        self.trailers: list[tuple[str, str]] = []
+
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:  # noqa: ARG002
+        self._begin = {
+            "type": "http.response.start",
+            "status": int(status.split(maxsplit=1)[0]),
+            "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in headers],
+            "trailers": True,
+        }
+
+    def write(self, chunk: bytes) -> None:
+        self._started()
+        self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    def end(self) -> None:
+        self._started()
+        self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        trailers = [(key.encode(), value.encode()) for key, value in self.trailers]
+        self._send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
+
+    def _started(self) -> None:
+        if self._begin is not None:
+            self._send(self._begin)
+            self._begin = None
