@@ -1,0 +1,1 @@
+"""Connect, sync and async: one interceptor for every generated `connectrpc` client."""
