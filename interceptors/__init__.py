@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from interceptors.channels import authenticated_channel, intercept_channel, intercept_stub
+    from interceptors.connect.interceptor import ConnectBearerInterceptor
     from interceptors.errors import AuthError, LoginRequired, RefreshError, StoreError
+    from interceptors.grpc_aio.native import aio_bearer_interceptors
     from interceptors.grpc_sync.native import BearerInterceptor
     from interceptors.oidc.client import OidcClient
     from interceptors.refreshing import RefreshingTokenSource, SourceStats
@@ -22,6 +24,7 @@ __all__ = [
     "AuthError",
     "BearerInterceptor",
     "CallableTokenSource",
+    "ConnectBearerInterceptor",
     "FileStore",
     "LoginRequired",
     "MemoryStore",
@@ -35,6 +38,7 @@ __all__ = [
     "StoreError",
     "Token",
     "TokenSource",
+    "aio_bearer_interceptors",
     "authenticated_channel",
     "intercept_channel",
     "intercept_stub",
@@ -45,6 +49,7 @@ _MODULES: Final = {
     "AuthError": "errors",
     "BearerInterceptor": "grpc_sync.native",
     "CallableTokenSource": "source",
+    "ConnectBearerInterceptor": "connect.interceptor",
     "FileStore": "stores.file",
     "LoginRequired": "errors",
     "MemoryStore": "stores.memory",
@@ -58,6 +63,7 @@ _MODULES: Final = {
     "StoreError": "errors",
     "Token": "tokens",
     "TokenSource": "source",
+    "aio_bearer_interceptors": "grpc_aio.native",
     "authenticated_channel": "channels",
     "intercept_channel": "channels",
     "intercept_stub": "channels",

@@ -6,9 +6,10 @@ import copy
 import ipaddress
 import re
 import urllib.parse
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
 
 import grpc
+import grpc.aio
 
 from interceptors.call import REPLAY_LIMIT
 from interceptors.source import TokenSource
@@ -20,15 +21,26 @@ S = TypeVar("S")
 
 _KINDS: Final = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 _MULTICALLABLES: Final = tuple(getattr(grpc, f"{kind}MultiCallable") for kind in _KINDS)
+_AIO_MULTICALLABLES: Final = tuple(getattr(grpc.aio, f"{kind}MultiCallable") for kind in _KINDS)
 
 
-def intercept_channel(channel: grpc.Channel, source: TokenSource, *, replay_limit: int = REPLAY_LIMIT) -> grpc.Channel:
+@overload
+def intercept_channel(channel: grpc.Channel, source: TokenSource, *, replay_limit: int = ...) -> grpc.Channel: ...
+
+
+@overload
+def intercept_channel(
+    channel: grpc.aio.Channel, source: TokenSource, *, replay_limit: int = ...
+) -> grpc.aio.Channel: ...
+
+
+def intercept_channel(channel: Any, source: TokenSource, *, replay_limit: int = REPLAY_LIMIT) -> Any:
     """A channel of the same kind whose every call carries a valid token.
 
     It cannot see whether the transport is encrypted; `authenticated_channel` opens a channel that is.
 
     Args:
-        channel: A `grpc.Channel`. It is used, not copied: closing the new one closes it.
+        channel: A `grpc.Channel` or `grpc.aio.Channel`. It is used, not copied: closing the new one closes it.
         source: Where tokens come from. It is left open when the channel is closed.
         replay_limit: Bytes of a request stream that are kept so that it can be sent again after a refusal.
 
@@ -42,7 +54,11 @@ def intercept_channel(channel: grpc.Channel, source: TokenSource, *, replay_limi
         from interceptors.grpc_sync.channel import AuthenticatedChannel
 
         return AuthenticatedChannel(channel, source, replay_limit)
-    msg = f"channel must be a grpc.Channel, not {_name(channel)}"
+    if isinstance(channel, grpc.aio.Channel):
+        from interceptors.grpc_aio.channel import AuthenticatedAioChannel
+
+        return AuthenticatedAioChannel(channel, source, replay_limit)
+    msg = f"channel must be a grpc.Channel or a grpc.aio.Channel, not {_name(channel)}"
     raise TypeError(msg)
 
 
@@ -52,7 +68,7 @@ def intercept_stub(stub: S, source: TokenSource, *, replay_limit: int = REPLAY_L
     Prefer `intercept_channel`, which replays exactly what was sent.
 
     Args:
-        stub: A generated gRPC stub over a `grpc.Channel`. It is not changed.
+        stub: A generated gRPC stub, over a sync or an asyncio channel. It is not changed.
         source: Where tokens come from.
         replay_limit: See `intercept_channel`.
 
@@ -76,6 +92,10 @@ def intercept_stub(stub: S, source: TokenSource, *, replay_limit: int = REPLAY_L
 
 
 def _authenticated(inner: object, source: TokenSource, replay_limit: int) -> Any:
+    if isinstance(inner, _AIO_MULTICALLABLES):
+        from interceptors.grpc_aio.channel import authenticated_multicallable as authenticated_aio
+
+        return authenticated_aio(inner, source, replay_limit)
     if isinstance(inner, _MULTICALLABLES):
         from interceptors.grpc_sync.channel import authenticated_multicallable
 
@@ -83,15 +103,42 @@ def _authenticated(inner: object, source: TokenSource, replay_limit: int) -> Any
     return None
 
 
+@overload
 def authenticated_channel(
     target: str,
     source: TokenSource,
     *,
     credentials: grpc.ChannelCredentials | None = None,
+    aio: Literal[False] = False,
+    options: Sequence[tuple[str, Any]] | None = None,
+    compression: grpc.Compression | None = None,
+    replay_limit: int = ...,
+) -> grpc.Channel: ...
+
+
+@overload
+def authenticated_channel(
+    target: str,
+    source: TokenSource,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    aio: Literal[True],
+    options: Sequence[tuple[str, Any]] | None = None,
+    compression: grpc.Compression | None = None,
+    replay_limit: int = ...,
+) -> grpc.aio.Channel: ...
+
+
+def authenticated_channel(
+    target: str,
+    source: TokenSource,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    aio: bool = False,
     options: Sequence[tuple[str, Any]] | None = None,
     compression: grpc.Compression | None = None,
     replay_limit: int = REPLAY_LIMIT,
-) -> grpc.Channel:
+) -> Any:
     """A new channel whose every call carries a valid token, and whose transport does not give it away.
 
     Args:
@@ -99,6 +146,7 @@ def authenticated_channel(
         source: Where tokens come from.
         credentials: The channel's; by default TLS with the system's roots, and plain text to loopback addresses and
             unix sockets.
+        aio: Whether to open a `grpc.aio` channel.
         options: gRPC's channel options.
         compression: gRPC's.
         replay_limit: See `intercept_channel`.
@@ -127,13 +175,14 @@ def authenticated_channel(
             "or pass grpc.ssl_channel_credentials(...); plain text is for loopback and unix sockets only"
         )
         raise ValueError(msg)
+    library: Any = grpc.aio if aio else grpc
     if credentials is None and local:
         # A proxy between us and loopback would see the token.
         options = (*(options or ()), ("grpc.enable_http_proxy", 0))
-        channel = grpc.insecure_channel(target, options=options, compression=compression)
+        channel = library.insecure_channel(target, options=options, compression=compression)
     else:
         credentials = credentials or grpc.ssl_channel_credentials()
-        channel = grpc.secure_channel(target, credentials, options=options, compression=compression)
+        channel = library.secure_channel(target, credentials, options=options, compression=compression)
     return intercept_channel(channel, source, replay_limit=replay_limit)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextlib import contextmanager
 
 import grpc
+import grpc.aio
 
 from interceptors import (
     BearerInterceptor,
     Token,
     TokenSource,
+    aio_bearer_interceptors,
     intercept_channel,
     intercept_stub,
 )
@@ -75,7 +78,76 @@ class SyncDriver:
         self.channel.close()
 
 
-FLAVOURS = {"grpc": SyncDriver}
+class AioDriver:
+    """grpc.aio, on an event loop in a thread."""
+
+    def __init__(self, target, source, way, **options):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.run(self._open(target, source, way, options))
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    async def _open(self, target, source, way, options):
+        native = aio_bearer_interceptors(source, **options) if way == "native" else None
+        self.channel = grpc.aio.insecure_channel(target, options=[("grpc.enable_retries", 0)], interceptors=native)
+        if way == "intercept_channel":
+            self.channel = intercept_channel(self.channel, source, **options)
+        self.heartbeats = heartbeat_pb2_grpc.HeartbeatServiceStub(self.channel)
+        self.events = event_pb2_grpc.EventServiceStub(self.channel)
+        if way == "intercept_stub":
+            self.heartbeats = intercept_stub(self.heartbeats, source, **options)
+            self.events = intercept_stub(self.events, source, **options)
+
+    def unary(self, sequence=1, **options):
+        async def call():
+            request = heartbeat_pb2.HeartbeatRequest(session_id="s", sequence=sequence)
+            return await self.heartbeats.Heartbeat(request, **options)
+
+        return self.run(call())
+
+    def server_stream(self, count=3, **options):
+        async def call():
+            request = heartbeat_pb2.WatchSessionRequest(session_id="s", max_messages=count)
+            return [response.sequence async for response in self.heartbeats.WatchSession(request, **options)]
+
+        return self.run(call())
+
+    def client_stream(self, ids=("1", "2", "3"), **options):
+        async def call():
+            return list((await self.events.IngestEvents(ingest_requests(ids), **options)).event_ids)
+
+        return self.run(call())
+
+    def bidi(self, ids=("1", "2", "3"), **options):
+        async def call():
+            return [r.event_id async for r in self.events.StreamHookEvents(converse_requests(ids), **options)]
+
+        return self.run(call())
+
+    def first_responses(self, count, **options):
+        async def call():
+            seen = []
+            request = heartbeat_pb2.WatchSessionRequest(session_id="s", max_messages=count)
+            try:
+                async for response in self.heartbeats.WatchSession(request, **options):
+                    seen.append(response.sequence)
+            except grpc.RpcError as error:
+                return seen, error
+            return seen, None
+
+        return self.run(call())
+
+    def close(self):
+        self.run(self.channel.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+FLAVOURS = {"grpc": SyncDriver, "aio": AioDriver}
 WAYS = ("intercept_channel", "intercept_stub", "native")
 KINDS = ("unary", "server_stream", "client_stream", "bidi")
 EXPECTED = {"server_stream": [1, 2, 3], "client_stream": ["1", "2", "3"], "bidi": ["1", "2", "3"]}

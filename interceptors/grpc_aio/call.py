@@ -1,0 +1,525 @@
+"""The call objects: one call to its user, one or two attempts beneath. The twin of `grpc_sync.call`.
+
+An attempt's end is noticed through its callback, so that a call which nobody awaits is made again as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+import grpc.aio
+from grpc.aio import AioRpcError
+
+from interceptors.call import Call, Failure, Send, Surface
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Generator
+
+    from interceptors.grpc_aio.requests import RequestStream
+    from interceptors.source import TokenSource
+    from interceptors.tokens import Token
+
+_log = logging.getLogger("interceptors")
+
+_CANCELLED_DETAILS: Final = "Locally cancelled by application!"
+_API_STYLE_ERROR: Final = "The iterator and read/write APIs may not be mixed on a single RPC."
+_TRAILERS_ONLY_SECONDS: Final = 0.05
+_PROVISIONAL_SECONDS: Final = tuple(0.001 * 2**step for step in range(10))
+_PROVISIONAL_DETAILS: Final = "Internal error from Core"
+
+
+def local_error(failure: Failure) -> AioRpcError:
+    """The error that a caller gets for `failure`."""
+    empty = grpc.aio.Metadata()
+    error = AioRpcError(grpc.StatusCode[failure.code], empty, empty, failure.details, failure.details)
+    error.__cause__ = failure.cause
+    return error
+
+
+class AuthenticatedCall:
+    """What the four kinds of call have in common.
+
+    Args:
+        source: Where tokens come from.
+        start: Starts an attempt with a token, in so many seconds (None: no limit); may be a coroutine function.
+        call: The call's dealings with its source.
+        requests: The request stream, if the call has one.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource,
+        start: Callable[[Token, float | None], Any],
+        call: Call,
+        requests: RequestStream | None = None,
+    ) -> None:
+        self._source = source
+        self._start = start
+        self._call = call
+        self._requests = requests
+        self._attempt: Any = None  # the latest
+        self._token: Token | None = None  # what it carries
+        self._ended: Any = None  # the attempt whose end has been dealt with
+        self._pending: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._error: AioRpcError | None = None  # how the call ended, if no attempt says so
+        self._cause: BaseException | None = None
+        self._committed = False
+        self._over = False
+        self._cancelled = False
+        self._callbacks: list[Callable[[Any], None]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def begin(self, token: Token | None, timeout: float | None) -> None:
+        """Makes the first attempt with `token`, or as soon as the source has one."""
+        if token is None:
+            self._ask(self._call.begin)
+        else:
+            self.adopt(token, self._start(token, timeout))
+
+    def adopt(self, token: Token, attempt: Any) -> None:
+        """Takes `attempt`, which carries `token`, as the present one."""
+        self._token = token
+        self._attempt = attempt
+        self._watch(attempt)
+        if self._requests is not None:
+            self._requests.attempt_began()
+
+    # Attempts, one after the other
+
+    def _watch(self, attempt: Any) -> None:
+        attempt.add_done_callback(functools.partial(_attempt_ended, self))
+
+    def _settle(self, attempt: Any) -> None:
+        """Decides, once, what the end of `attempt` means."""
+        if self._over or attempt is self._ended or attempt is not self._attempt:
+            return
+        if self._settling is not None:
+            return
+        code = _code_now(attempt)
+        if code is None or (
+            code is grpc.StatusCode.INTERNAL and self._requests is not None and _is_provisional(attempt)
+        ):
+            self._settling = asyncio.ensure_future(self._settle_later(attempt))
+            return
+        self._settle_as(attempt, code)
+
+    def _settle_as(self, attempt: Any, code: grpc.StatusCode) -> None:
+        self._settling = None
+        self._ended = attempt
+        token = self._token
+        assert token is not None
+        refused = code is grpc.StatusCode.UNAUTHENTICATED
+        replayable = (
+            refused
+            and not self._committed
+            and not self._cancelled
+            and (self._requests is None or self._requests.rewind())
+        )
+        if not refused:
+            self._call.passed()
+        elif self._call.refused(token, replayable=replayable):
+            self._ask(self._call.again)
+            return
+        self._finish()
+
+    async def _settle_later(self, attempt: Any) -> None:
+        code = await attempt.code()
+        # A write that fails because the server has ended the call reports INTERNAL, until the server's status is read
+        # a moment later. Nothing tells of that moment.
+        for delay in _PROVISIONAL_SECONDS:
+            if not _is_provisional(attempt):
+                break
+            await asyncio.sleep(delay)
+            code = await attempt.code()
+        self._settle_as(attempt, code)
+
+    def _ask(self, decide: Callable[[Token | BaseException], Send | Failure | Surface]) -> None:
+        token = self._source.peek()
+        if token is not None and not inspect.iscoroutinefunction(self._start):
+            self._go_on(decide(token))
+        else:
+            self._pending = asyncio.ensure_future(self._wait_for_token(decide))
+
+    async def _wait_for_token(self, decide: Callable[[Token | BaseException], Send | Failure | Surface]) -> None:
+        decision = decide(await self._call.ask_async())
+        if isinstance(decision, Send) and inspect.iscoroutinefunction(self._start):
+            try:
+                attempt = await self._start(decision.token, decision.timeout)
+            except Exception as error:  # noqa: BLE001 - as in _go_on
+                self._could_not_start(error)
+                return
+            self._began(decision.token, attempt)
+        else:
+            self._go_on(decision)
+
+    def _go_on(self, decision: Send | Failure | Surface) -> None:
+        if self._over:
+            return
+        if isinstance(decision, Send):
+            try:
+                attempt = self._start(decision.token, decision.timeout)
+            except Exception as error:  # noqa: BLE001 - a closed channel, for example; nobody is there to raise it to
+                self._could_not_start(error)
+                return
+            self._began(decision.token, attempt)
+        elif isinstance(decision, Failure):
+            self._end(local_error(decision), decision.cause)
+        else:
+            self._end(None, decision.cause)
+
+    def _began(self, token: Token, attempt: Any) -> None:
+        if self._over:
+            attempt.cancel()
+            return
+        self._pending = None
+        self.adopt(token, attempt)
+        self._wake()
+
+    def _could_not_start(self, error: BaseException) -> None:
+        empty = grpc.aio.Metadata()
+        details = f"the call could not be started: {type(error).__name__}"
+        closed = AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, details, details)
+        self._end(None if self._attempt is not None else closed, error)
+
+    def _end(self, error: AioRpcError | None, cause: BaseException | None) -> None:
+        """Ends the call without a further attempt: with `error`, or as the latest attempt ended."""
+        if not self._over:
+            self._error = error
+            self._cause = cause
+            self._finish()
+
+    def _finish(self) -> None:
+        self._over = True
+        if self._requests is not None:
+            self._requests.stop()
+        self._wake()
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # noqa: BLE001 - no call may hang because of a user's callback
+                _log.exception("Exception in callback %r", callback)
+
+    def _commit(self, attempt: Any) -> bool:
+        """The caller receives the first response of `attempt`; False if another attempt has taken its place."""
+        if attempt is not self._attempt or (attempt is self._ended and not self._over):
+            return False
+        self._committed = True
+        if self._requests is not None:
+            self._requests.free()
+        self._call.passed()
+        return True
+
+    # Waiting
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def _change(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    async def _following(self, attempt: Any) -> Any:
+        """The attempt that follows `attempt` once it has begun, `attempt` if none will, None if there was none at all.
+
+        Whoever waits for it and is cancelled cancels the call, as with a plain one.
+        """
+        if attempt is not None:
+            self._settle(attempt)
+        try:
+            while not self._over and self._attempt is attempt:
+                await self._change()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if self._error is not None:
+            self._raise_local()
+        return self._attempt
+
+    def _raise_local(self) -> None:
+        if self._cancelled:
+            raise asyncio.CancelledError
+        assert self._error is not None
+        raise self._error
+
+    async def _final(self) -> Any:
+        """The final attempt once it is over; None if no attempt tells how the call ended."""
+        self._notice()
+        while not self._over:
+            await self._change()
+        return None if self._error is not None else self._attempt
+
+    def _notice(self) -> None:
+        attempt = self._attempt
+        if attempt is not None and not self._over and attempt is not self._ended and attempt.done():
+            self._settle(attempt)
+
+    # grpc.aio.Call
+
+    async def initial_metadata(self) -> Any:
+        """See `grpc.aio.Call.initial_metadata`."""
+        attempt = self._attempt
+        while True:
+            if attempt is None:
+                while self._attempt is None and not self._over:
+                    await self._change()
+                attempt = self._attempt
+                if attempt is None:
+                    return grpc.aio.Metadata()
+            metadata = await attempt.initial_metadata()
+            if not metadata and not self._committed and not self._over and self._ended is not attempt:
+                # As in the sync twin: of an answer that is all trailers, this may come a moment before the status.
+                _done, _ = await asyncio.wait([asyncio.ensure_future(self._change())], timeout=_TRAILERS_ONLY_SECONDS)
+            self._notice()
+            if self._over:
+                return await self._attempt.initial_metadata() if self._error is None else grpc.aio.Metadata()
+            if attempt is not self._ended:
+                return metadata
+            while self._attempt is attempt and not self._over:
+                await self._change()
+            attempt = self._attempt
+
+    async def trailing_metadata(self) -> Any:
+        """See `grpc.aio.Call.trailing_metadata`."""
+        attempt = await self._final()
+        return grpc.aio.Metadata() if attempt is None else await attempt.trailing_metadata()
+
+    async def code(self) -> Any:
+        """See `grpc.aio.Call.code`."""
+        attempt = await self._final()
+        return self._error.code() if attempt is None and self._error else await attempt.code()
+
+    async def details(self) -> Any:
+        """See `grpc.aio.Call.details`."""
+        attempt = await self._final()
+        return self._error.details() if attempt is None and self._error else await attempt.details()
+
+    async def debug_error_string(self) -> Any:
+        """What gRPC's core says of an error, beyond its details."""
+        attempt = await self._final()
+        return (
+            self._error.debug_error_string() if attempt is None and self._error else await attempt.debug_error_string()
+        )
+
+    async def wait_for_connection(self) -> None:
+        """See `grpc.aio.Call.wait_for_connection`."""
+        attempt = self._attempt if self._attempt is not None else await self._following(None)
+        while True:
+            try:
+                await attempt.wait_for_connection()
+            except AioRpcError as error:
+                following = await self._following(attempt)
+                if following is attempt:
+                    raise error from self._cause
+                attempt = following
+            else:
+                return
+
+    def time_remaining(self) -> Any:
+        """See `grpc.aio.RpcContext.time_remaining`."""
+        attempt = self._attempt
+        return self._call.remaining() if attempt is None or attempt is self._ended else attempt.time_remaining()
+
+    def cancelled(self) -> bool:
+        """See `grpc.aio.RpcContext.cancelled`."""
+        if self._error is not None or self._attempt is None or (self._attempt is self._ended and not self._over):
+            return self._cancelled
+        return bool(self._attempt.cancelled())
+
+    def done(self) -> bool:
+        """See `grpc.aio.RpcContext.done`."""
+        self._notice()
+        return self._over
+
+    def cancel(self) -> bool:
+        """See `grpc.aio.RpcContext.cancel`: stops the attempt in flight, a pending retry, and the pulling of requests."""
+        self._notice()
+        if self._over:
+            return False
+        self._cancelled = True
+        attempt = None if self._attempt is self._ended else self._attempt
+        if attempt is not None:
+            cancelled = bool(attempt.cancel())
+            if self._requests is not None:
+                self._requests.stop()
+            self._notice()
+            return cancelled
+        if self._pending is not None:
+            self._pending.cancel()
+        empty = grpc.aio.Metadata()
+        code = grpc.StatusCode.CANCELLED
+        self._end(AioRpcError(code, empty, empty, _CANCELLED_DETAILS, _CANCELLED_DETAILS), None)
+        return True
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """See `grpc.aio.RpcContext.add_done_callback`."""
+        self._notice()
+        if self._over:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
+
+    def __repr__(self) -> str:
+        attempt = self._attempt
+        if self._error is not None:
+            return repr(self._error).replace("AioRpcError", type(self).__name__)
+        return f"<{type(self).__name__} object>" if attempt is None else repr(attempt)
+
+    __str__ = __repr__
+
+
+class _UnaryResponse(AuthenticatedCall):
+    def __await__(self) -> Generator[Any, None, Any]:
+        attempt = self._attempt
+        if attempt is None:
+            attempt = yield from self._following(None).__await__()
+        while True:
+            try:
+                response = yield from attempt.__await__()
+            except AioRpcError as error:
+                following = yield from self._following(attempt).__await__()
+                if following is attempt:
+                    raise error from self._cause
+                attempt = following
+            else:
+                return response
+
+
+class _StreamResponse(AuthenticatedCall):
+    _iterator: AsyncIterator[Any] | None = None
+    _style: str | None = None
+
+    def _watch(self, attempt: Any) -> None:
+        # Weakly, so that a stream which nobody holds any more is cancelled, as gRPC does it.
+        attempt.add_done_callback(functools.partial(_attempt_of_stream_ended, weakref.ref(self)))
+
+    def _use(self, style: str) -> None:
+        if self._style not in {None, style}:
+            raise grpc.aio.UsageError(_API_STYLE_ERROR)
+        self._style = style
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        self._use("iterator")
+        if self._iterator is None:
+            self._iterator = self._responses()
+        return self._iterator
+
+    async def _responses(self) -> AsyncIterator[Any]:
+        attempt = self._attempt if self._attempt is not None else await self._following(None)
+        responses = attempt.__aiter__()
+        while True:
+            try:
+                response = await anext(responses)
+            except StopAsyncIteration:
+                return
+            except AioRpcError as error:
+                following = await self._following(attempt)
+                if following is attempt:
+                    raise error from self._cause
+            else:
+                if self._committed or self._commit(attempt):
+                    yield response
+                    continue
+                following = await self._following(attempt)
+            attempt = following
+            responses = attempt.__aiter__()
+
+    async def read(self) -> Any:
+        """See `grpc.aio.UnaryStreamCall.read`."""
+        attempt = self._attempt
+        if not (self._over and attempt is not None):
+            self._use("reader")
+        if attempt is None:
+            attempt = await self._following(None)
+        while True:
+            if self._error is not None:
+                self._raise_local()
+            try:
+                response = await attempt.read()
+            except AioRpcError as error:
+                following = await self._following(attempt)
+                if following is attempt:
+                    raise error from self._cause
+                attempt = following
+            else:
+                if response is grpc.aio.EOF or self._committed or self._commit(attempt):
+                    return response
+                attempt = await self._following(attempt)
+
+    def __del__(self) -> None:
+        if not self._over and self._requests is not None:
+            self._requests.stop()
+
+
+class _StreamRequest(AuthenticatedCall):
+    async def write(self, request: Any) -> None:
+        """See `grpc.aio.StreamUnaryCall.write`."""
+        assert self._requests is not None
+        await self._requests.write(request)
+
+    async def done_writing(self) -> None:
+        """See `grpc.aio.StreamUnaryCall.done_writing`."""
+        assert self._requests is not None
+        await self._requests.done_writing()
+
+
+class UnaryUnaryCall(_UnaryResponse, grpc.aio.UnaryUnaryCall):
+    """A unary call that is made once more with another token if its first attempt is refused."""
+
+
+class UnaryStreamCall(_StreamResponse, grpc.aio.UnaryStreamCall):
+    """A server stream that is made once more with another token if its first attempt is refused."""
+
+
+class StreamUnaryCall(_StreamRequest, _UnaryResponse, grpc.aio.StreamUnaryCall):
+    """A client stream that is made once more with another token if its first attempt is refused."""
+
+
+class StreamStreamCall(_StreamRequest, _StreamResponse, grpc.aio.StreamStreamCall):
+    """A bidirectional stream that is made once more with another token if its first attempt is refused."""
+
+
+def _code_now(attempt: Any) -> grpc.StatusCode | None:
+    """The status of an attempt that is over, without waiting."""
+    coroutine = attempt.code()
+    try:
+        coroutine.send(None)
+    except StopIteration as answer:
+        code: grpc.StatusCode = answer.value
+        return code
+    coroutine.close()
+    return None
+
+
+def _is_provisional(attempt: Any) -> bool:
+    coroutine = attempt.details()
+    try:
+        coroutine.send(None)
+    except StopIteration as answer:
+        return bool(answer.value == _PROVISIONAL_DETAILS)
+    coroutine.close()
+    return False
+
+
+def _attempt_ended(call: AuthenticatedCall, attempt: Any) -> None:
+    try:
+        call._settle(attempt)  # noqa: SLF001
+    except Exception as error:  # noqa: BLE001 - a source that breaks its contract must not leave the caller waiting
+        call._end(None, error)  # noqa: SLF001
+
+
+def _attempt_of_stream_ended(call_of: weakref.ref[AuthenticatedCall], attempt: Any) -> None:
+    call = call_of()
+    if call is not None:
+        _attempt_ended(call, attempt)

@@ -1,0 +1,266 @@
+"""A channel of our own over a plain one. The twin of `grpc_sync.channel`.
+
+grpc.aio offers no way to intercept a channel that exists, and its interceptors change what calls do.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import grpc
+import grpc.aio
+
+from interceptors.call import REPLAY_LIMIT, Call, carries_own_authorization, deadline_of
+from interceptors.grpc_aio.call import (
+    AuthenticatedCall,
+    StreamStreamCall,
+    StreamUnaryCall,
+    UnaryStreamCall,
+    UnaryUnaryCall,
+)
+from interceptors.grpc_aio.requests import RequestStream
+from interceptors.replay import size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from interceptors.source import TokenSource
+    from interceptors.tokens import Token
+
+_log = logging.getLogger("interceptors")
+
+
+class AuthenticatedAioChannel(grpc.aio.Channel):
+    """A `grpc.aio.Channel` whose calls carry tokens; see `interceptors.intercept_channel`.
+
+    Args:
+        channel: The channel to call through.
+        source: Where tokens come from.
+        replay_limit: Bytes of a request stream that are kept for a second attempt.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, source: TokenSource, replay_limit: int = REPLAY_LIMIT) -> None:
+        self._channel = channel
+        self._source = source
+        self._replay_limit = replay_limit
+
+    def unary_unary(self, *args: Any, **options: Any) -> grpc.aio.UnaryUnaryMultiCallable:
+        """See `grpc.aio.Channel.unary_unary`."""
+        return authenticated_multicallable(
+            self._channel.unary_unary(*args, **options), self._source, self._replay_limit
+        )  # type: ignore[no-any-return]
+
+    def unary_stream(self, *args: Any, **options: Any) -> grpc.aio.UnaryStreamMultiCallable:
+        """See `grpc.aio.Channel.unary_stream`."""
+        return authenticated_multicallable(
+            self._channel.unary_stream(*args, **options), self._source, self._replay_limit
+        )  # type: ignore[no-any-return]
+
+    def stream_unary(self, *args: Any, **options: Any) -> grpc.aio.StreamUnaryMultiCallable:
+        """See `grpc.aio.Channel.stream_unary`."""
+        return authenticated_multicallable(
+            self._channel.stream_unary(*args, **options), self._source, self._replay_limit
+        )  # type: ignore[no-any-return]
+
+    def stream_stream(self, *args: Any, **options: Any) -> grpc.aio.StreamStreamMultiCallable:
+        """See `grpc.aio.Channel.stream_stream`."""
+        return authenticated_multicallable(
+            self._channel.stream_stream(*args, **options), self._source, self._replay_limit
+        )  # type: ignore[no-any-return]
+
+    async def close(self, grace: float | None = None) -> None:
+        """See `grpc.aio.Channel.close`. The source is left open: it may serve other channels."""
+        await self._channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        """See `grpc.aio.Channel.get_state`."""
+        return self._channel.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        """See `grpc.aio.Channel.wait_for_state_change`."""
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        """See `grpc.aio.Channel.channel_ready`."""
+        await self._channel.channel_ready()
+
+    async def __aenter__(self) -> Self:
+        await self._channel.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return await self._channel.__aexit__(kind, error, traceback)
+
+    def __getattr__(self, name: str) -> Any:
+        # What gRPC has added to its channels and tools beside it rely on.
+        if name == "_channel":
+            raise AttributeError(name)
+        return getattr(self._channel, name)
+
+    def __repr__(self) -> str:
+        return f"<AuthenticatedAioChannel over {self._channel!r}>"
+
+
+def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: int) -> Any:
+    """One multicallable, of a channel or of a stub, with tokens."""
+    for kind, ours in _KINDS.items():
+        if isinstance(inner, kind):
+            return ours(inner, source, replay_limit)
+    msg = f"{type(inner).__name__} is no grpc.aio multicallable"
+    raise TypeError(msg)
+
+
+class _MultiCallable:
+    def __init__(self, plain: Any, source: TokenSource, replay_limit: int) -> None:
+        self._plain = self._inner = plain
+        self._source = source
+        self._peek = source.peek
+        self._replay_limit = replay_limit
+        self._prepare: Callable[[Any], Any] = _snapshot
+        if type(plain).__module__ == "grpc.aio._channel" and not plain._interceptors:  # noqa: SLF001
+            # Serialising here and not beneath costs nothing more, and what is replayed is what was sent. Interceptors
+            # beneath want to see the message.
+            self._prepare = functools.partial(_serialised, plain._request_serializer)  # noqa: SLF001
+            self._inner = copy.copy(plain)
+            self._inner._request_serializer = None  # noqa: SLF001
+
+    def _start_call(
+        self,
+        kind: type[AuthenticatedCall],
+        request: Any,
+        timeout: float | None,
+        metadata: Any,
+        credentials: grpc.CallCredentials | None,
+        options: dict[str, Any],
+    ) -> Any:
+        if metadata is not None:
+            metadata = tuple(metadata)
+        if credentials is not None or (metadata and carries_own_authorization(metadata)):
+            return self._plain(request, timeout=timeout, metadata=metadata, credentials=credentials, **options)
+        start = functools.partial(_start, self._inner, self._prepare(request), metadata, options)
+        call = kind(self._source, start, Call(self._source, deadline_of(timeout)))
+        call.begin(self._peek(), timeout)
+        return call
+
+    def _start_streaming_call(
+        self,
+        kind: type[AuthenticatedCall],
+        request_iterator: Any,
+        timeout: float | None,
+        metadata: Any,
+        credentials: grpc.CallCredentials | None,
+        options: dict[str, Any],
+    ) -> Any:
+        if metadata is not None:
+            metadata = tuple(metadata)
+        if credentials is not None or (metadata and carries_own_authorization(metadata)):
+            return self._plain(request_iterator, timeout=timeout, metadata=metadata, credentials=credentials, **options)
+        requests = RequestStream(request_iterator, self._prepare, size_of, self._replay_limit)
+        start = functools.partial(_start, self._inner, None, metadata, options)
+        call = kind(self._source, start, Call(self._source, deadline_of(timeout)), requests)
+        call.begin(self._peek(), timeout)
+        requests.attach(call)
+        return call
+
+
+class UnaryUnary(_MultiCallable, grpc.aio.UnaryUnaryMultiCallable):
+    """Unary calls that carry tokens."""
+
+    def __call__(
+        self,
+        request: Any,
+        *,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        **options: Any,
+    ) -> Any:
+        """See `grpc.aio.UnaryUnaryMultiCallable`. Does not wait for a token."""
+        return self._start_call(UnaryUnaryCall, request, timeout, metadata, credentials, options)
+
+
+class UnaryStream(_MultiCallable, grpc.aio.UnaryStreamMultiCallable):
+    """Server streams that carry tokens."""
+
+    def __call__(
+        self,
+        request: Any,
+        *,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        **options: Any,
+    ) -> Any:
+        """See `grpc.aio.UnaryStreamMultiCallable`. Does not wait for a token."""
+        return self._start_call(UnaryStreamCall, request, timeout, metadata, credentials, options)
+
+
+class StreamUnary(_MultiCallable, grpc.aio.StreamUnaryMultiCallable):
+    """Client streams that carry tokens."""
+
+    def __call__(
+        self,
+        request_iterator: Any = None,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.aio.StreamUnaryMultiCallable`. Does not wait for a token."""
+        options = {"wait_for_ready": wait_for_ready, "compression": compression}
+        return self._start_streaming_call(StreamUnaryCall, request_iterator, timeout, metadata, credentials, options)
+
+
+class StreamStream(_MultiCallable, grpc.aio.StreamStreamMultiCallable):
+    """Bidirectional streams that carry tokens."""
+
+    def __call__(
+        self,
+        request_iterator: Any = None,
+        timeout: float | None = None,
+        metadata: Any = None,
+        credentials: grpc.CallCredentials | None = None,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
+    ) -> Any:
+        """See `grpc.aio.StreamStreamMultiCallable`. Does not wait for a token."""
+        options = {"wait_for_ready": wait_for_ready, "compression": compression}
+        return self._start_streaming_call(StreamStreamCall, request_iterator, timeout, metadata, credentials, options)
+
+
+_KINDS: Final[dict[type, type[_MultiCallable]]] = {
+    grpc.aio.UnaryUnaryMultiCallable: UnaryUnary,
+    grpc.aio.UnaryStreamMultiCallable: UnaryStream,
+    grpc.aio.StreamUnaryMultiCallable: StreamUnary,
+    grpc.aio.StreamStreamMultiCallable: StreamStream,
+}
+
+
+def _start(
+    inner: Any, message: Any, metadata: Any, options: dict[str, Any], token: Token, timeout: float | None
+) -> Any:
+    carried = (*metadata, *token.metadata) if metadata else token.metadata
+    return inner(message, timeout=timeout, metadata=carried, **options)
+
+
+def _serialised(serializer: Callable[[Any], Any] | None, request: Any) -> Any:
+    try:
+        return request if serializer is None else serializer(request)
+    except Exception:
+        # gRPC goes on with a request of None when its own serialising fails.
+        _log.exception("Exception serializing message!")
+        return None
+
+
+def _snapshot(request: Any) -> Any:
+    try:
+        return copy.deepcopy(request)
+    except Exception:  # noqa: BLE001 - what cannot be copied is sent as it is
+        return request

@@ -1,0 +1,192 @@
+"""The adapter for people who compose with `interceptors=[...]` of grpc.aio: the same core, at gRPC's own price."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc.aio import AioRpcError, ClientCallDetails
+
+from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
+from interceptors.channels import check_replay_limit, check_source
+from interceptors.grpc_aio.call import StreamStreamCall, UnaryStreamCall, local_error
+from interceptors.replay import AsyncReplayableRequests, size_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from interceptors.source import TokenSource
+    from interceptors.tokens import Token
+
+
+def aio_bearer_interceptors(
+    source: TokenSource, *, replay_limit: int = REPLAY_LIMIT
+) -> list[grpc.aio.ClientInterceptor]:
+    """Interceptors that attach tokens, for `grpc.aio.secure_channel(..., interceptors=[..., *these])`.
+
+    Four, since grpc.aio uses an object for one kind of call only, whatever else it implements. Put them last, nearest
+    to the wire. Prefer `interceptors.intercept_channel` where nothing else is composed: it costs less, and calls
+    behave as plain ones do.
+
+    Args:
+        source: Where tokens come from.
+        replay_limit: Bytes of a request stream that are kept so that it can be sent again after a refusal.
+
+    Raises:
+        TypeError: `source` is no source.
+        ValueError: `replay_limit` is negative.
+    """
+    check_source(source)
+    check_replay_limit(replay_limit)
+    return [kind(source, replay_limit) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]
+
+
+class _Interceptor:
+    def __init__(self, source: TokenSource, replay_limit: int) -> None:
+        self._source = source
+        self._replay_limit = replay_limit
+
+    async def _first(self, call: Call) -> Send:
+        decision = call.begin(await call.ask_async())
+        if isinstance(decision, Failure):
+            raise local_error(decision)
+        return decision
+
+    async def _unary(self, start: Callable[[Token, float | None], Awaitable[Any]], details: Any, rewind: Any) -> Any:
+        """A call with one response: the interceptor itself may wait for its end."""
+        call = Call(self._source, deadline_of(details.timeout))
+        send = await self._first(call)
+        attempt = await start(send.token, send.timeout)
+        if await attempt.code() is not grpc.StatusCode.UNAUTHENTICATED:
+            return attempt
+        if not call.refused(send.token, replayable=rewind()):
+            return attempt
+        decision = call.again(await call.ask_async())
+        if isinstance(decision, Failure):
+            raise local_error(decision)
+        if not isinstance(decision, Send):
+            return await _raise_refusal(attempt, decision.cause) if decision.cause is not None else attempt
+        second = await start(decision.token, decision.timeout)
+        if await second.code() is grpc.StatusCode.UNAUTHENTICATED:
+            call.refused(decision.token)
+        else:
+            call.passed()
+        return second
+
+    async def _stream(
+        self, kind: Any, start: Callable[[Token, float | None], Awaitable[Any]], details: Any, requests: Any = None
+    ) -> Any:
+        """A call that streams its responses."""
+        call = Call(self._source, deadline_of(details.timeout))
+        send = await self._first(call)
+        handle = kind(self._source, start, call, requests)
+        handle.adopt(send.token, await start(send.token, send.timeout))
+        return handle
+
+
+class _UnaryUnary(_Interceptor, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        if _is_untouched(client_call_details):
+            return await continuation(client_call_details, request)
+
+        async def start(token: Token, timeout: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, timeout), request)
+
+        return await self._unary(start, client_call_details, lambda: True)
+
+
+class _StreamUnary(_Interceptor, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        if _is_untouched(client_call_details):
+            return await continuation(client_call_details, request_iterator)
+        requests = _Requests(request_iterator, self._replay_limit)
+
+        async def start(token: Token, timeout: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, timeout), requests.attempt())
+
+        return await self._unary(start, client_call_details, requests.rewind)
+
+
+class _UnaryStream(_Interceptor, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        if _is_untouched(client_call_details):
+            return await continuation(client_call_details, request)
+
+        async def start(token: Token, timeout: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, timeout), request)
+
+        return await self._stream(UnaryStreamCall, start, client_call_details)
+
+
+class _StreamStream(_Interceptor, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        if _is_untouched(client_call_details):
+            return await continuation(client_call_details, request_iterator)
+        requests = _Requests(request_iterator, self._replay_limit)
+
+        async def start(token: Token, timeout: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, timeout), requests.attempt())
+
+        return await self._stream(StreamStreamCall, start, client_call_details, requests)
+
+
+class _Requests:
+    """A request stream that gRPC pulls, for attempts that are given an iterator."""
+
+    def __init__(self, requests: Any, limit: int) -> None:
+        source = requests.__aiter__() if hasattr(requests, "__aiter__") else _asynchronous(requests)
+        self._requests: AsyncReplayableRequests[Any, Any] = AsyncReplayableRequests(source, _as_it_is, size_of, limit)
+
+    def attempt(self) -> AsyncIterator[Any]:
+        return self._requests.attempt()
+
+    def attempt_began(self) -> None:
+        """GRPC pulls by itself."""
+
+    def rewind(self) -> bool:
+        return self._requests.rewind()
+
+    def free(self) -> None:
+        self._requests.free()
+
+    def stop(self) -> None:
+        import asyncio
+
+        task = asyncio.ensure_future(self._requests.stop())
+        _stopping.add(task)
+        task.add_done_callback(_stopping.discard)
+
+
+_stopping: set[Any] = set()
+
+
+async def _asynchronous(requests: Any) -> AsyncIterator[Any]:
+    for request in requests:
+        yield request
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
+
+
+def _is_untouched(details: Any) -> bool:
+    return details.credentials is not None or (
+        details.metadata is not None and carries_own_authorization(tuple(details.metadata))
+    )
+
+
+def _with(details: Any, token: Token, timeout: float | None) -> ClientCallDetails:
+    metadata = grpc.aio.Metadata(*(details.metadata or ()), *token.metadata)
+    return ClientCallDetails(details.method, timeout, metadata, details.credentials, details.wait_for_ready)
+
+
+async def _raise_refusal(attempt: Any, cause: BaseException) -> Any:
+    error = AioRpcError(
+        await attempt.code(),
+        await attempt.initial_metadata(),
+        await attempt.trailing_metadata(),
+        await attempt.details(),
+        await attempt.debug_error_string(),
+    )
+    raise error from cause
