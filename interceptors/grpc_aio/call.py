@@ -19,7 +19,7 @@ from grpc.aio import AioRpcError
 from interceptors.call import Call, Failure, Send, Surface
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 
     from interceptors.grpc_aio.requests import RequestStream
     from interceptors.source import TokenSource
@@ -69,6 +69,7 @@ class AuthenticatedCall:
         self._pending: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._error: AioRpcError | None = None  # how the call ended, if no attempt says so
+        self._status: AioRpcError | None = None  # how the latest attempt ended, if it may say something else later
         self._cause: BaseException | None = None
         self._committed = False
         self._over = False
@@ -100,13 +101,10 @@ class AuthenticatedCall:
         """Decides, once, what the end of `attempt` means."""
         if self._over or attempt is self._ended or attempt is not self._attempt:
             return
-        if self._settling is not None:
-            return
-        code = _code_now(attempt)
-        if code is None or (
-            code is grpc.StatusCode.INTERNAL and self._requests is not None and _is_provisional(attempt)
-        ):
-            self._settling = asyncio.ensure_future(self._settle_later(attempt))
+        code = _now(attempt.code())
+        if code is None or (self._requests is not None and _is_provisional(attempt, code)):
+            if self._settling is None:
+                self._settling = asyncio.ensure_future(self._settle_later(attempt))
             return
         self._settle_as(attempt, code)
 
@@ -115,6 +113,8 @@ class AuthenticatedCall:
         self._ended = attempt
         token = self._token
         assert token is not None
+        if self._requests is not None and code is not grpc.StatusCode.OK:
+            self._status = _status_now(attempt)
         refused = code is grpc.StatusCode.UNAUTHENTICATED
         replayable = (
             refused
@@ -131,14 +131,17 @@ class AuthenticatedCall:
 
     async def _settle_later(self, attempt: Any) -> None:
         code = await attempt.code()
-        # A write that fails because the server has ended the call reports INTERNAL, until the server's status is read
-        # a moment later. Nothing tells of that moment.
+        # Most attempts call back once more when the server's status replaces a provisional one, but not those of
+        # interceptors beneath.
         for delay in _PROVISIONAL_SECONDS:
-            if not _is_provisional(attempt):
+            if self._ended is attempt:
+                return
+            if not _is_provisional(attempt, code):
                 break
             await asyncio.sleep(delay)
             code = await attempt.code()
-        self._settle_as(attempt, code)
+        if self._ended is not attempt and not self._over:
+            self._settle_as(attempt, code)
 
     def _ask(self, decide: Callable[[Token | BaseException], Send | Failure | Surface]) -> None:
         token = self._source.peek()
@@ -197,6 +200,9 @@ class AuthenticatedCall:
 
     def _finish(self) -> None:
         self._over = True
+        if self._error is None and self._status is not None:
+            self._error = self._status
+            self._error.__cause__ = self._cause
         if self._requests is not None:
             self._requests.stop()
         self._wake()
@@ -276,14 +282,14 @@ class AuthenticatedCall:
                     await self._change()
                 attempt = self._attempt
                 if attempt is None:
-                    return grpc.aio.Metadata()
+                    return self._error.initial_metadata() if self._error else grpc.aio.Metadata()
             metadata = await attempt.initial_metadata()
             if not metadata and not self._committed and not self._over and self._ended is not attempt:
                 # As in the sync twin: of an answer that is all trailers, this may come a moment before the status.
                 _done, _ = await asyncio.wait([asyncio.ensure_future(self._change())], timeout=_TRAILERS_ONLY_SECONDS)
             self._notice()
             if self._over:
-                return await self._attempt.initial_metadata() if self._error is None else grpc.aio.Metadata()
+                return await self._attempt.initial_metadata() if self._error is None else self._error.initial_metadata()
             if attempt is not self._ended:
                 return metadata
             while self._attempt is attempt and not self._over:
@@ -293,7 +299,7 @@ class AuthenticatedCall:
     async def trailing_metadata(self) -> Any:
         """See `grpc.aio.Call.trailing_metadata`."""
         attempt = await self._final()
-        return grpc.aio.Metadata() if attempt is None else await attempt.trailing_metadata()
+        return self._error.trailing_metadata() if attempt is None and self._error else await attempt.trailing_metadata()
 
     async def code(self) -> Any:
         """See `grpc.aio.Call.code`."""
@@ -333,7 +339,9 @@ class AuthenticatedCall:
 
     def cancelled(self) -> bool:
         """See `grpc.aio.RpcContext.cancelled`."""
-        if self._error is not None or self._attempt is None or (self._attempt is self._ended and not self._over):
+        if self._error is not None:
+            return self._error.code() is grpc.StatusCode.CANCELLED
+        if self._attempt is None or (self._attempt is self._ended and not self._over):
             return self._cancelled
         return bool(self._attempt.cancelled())
 
@@ -490,26 +498,35 @@ class StreamStreamCall(_StreamRequest, _StreamResponse, grpc.aio.StreamStreamCal
     """A bidirectional stream that is made once more with another token if its first attempt is refused."""
 
 
-def _code_now(attempt: Any) -> grpc.StatusCode | None:
-    """The status of an attempt that is over, without waiting."""
-    coroutine = attempt.code()
+def _now(answer: Coroutine[Any, Any, Any]) -> Any:
+    """What `answer` returns if it need not wait; else None."""
     try:
-        coroutine.send(None)
-    except StopIteration as answer:
-        code: grpc.StatusCode = answer.value
-        return code
-    coroutine.close()
+        answer.send(None)
+    except StopIteration as returned:
+        return returned.value
+    answer.close()
     return None
 
 
-def _is_provisional(attempt: Any) -> bool:
-    coroutine = attempt.details()
-    try:
-        coroutine.send(None)
-    except StopIteration as answer:
-        return bool(answer.value == _PROVISIONAL_DETAILS)
-    coroutine.close()
-    return False
+def _is_provisional(attempt: Any, code: grpc.StatusCode) -> bool:
+    """Whether `code` is not the server's.
+
+    When a write fails because the server has ended the call, grpc.aio says INTERNAL: before it has read the server's
+    status, which then replaces it, or afterwards.
+    """
+    return code is grpc.StatusCode.INTERNAL and _now(attempt.details()) == _PROVISIONAL_DETAILS
+
+
+def _status_now(attempt: Any) -> AioRpcError | None:
+    """How `attempt`, which is over, has failed; kept because grpc.aio may put something else in its place."""
+    code = _now(attempt.code())
+    if code is None:
+        return None
+    initial, trailing = _now(attempt.initial_metadata()), _now(attempt.trailing_metadata())
+    empty = grpc.aio.Metadata()
+    return AioRpcError(
+        code, initial or empty, trailing or empty, _now(attempt.details()), _now(attempt.debug_error_string())
+    )
 
 
 def _attempt_ended(call: AuthenticatedCall, attempt: Any) -> None:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-from grpc.aio import AioRpcError, ClientCallDetails
+from grpc.aio import ClientCallDetails
 
 from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
 from interceptors.channels import check_replay_limit, check_source
-from interceptors.grpc_aio.call import StreamStreamCall, UnaryStreamCall, local_error
+from interceptors.grpc_aio.call import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall, local_error
 from interceptors.replay import AsyncReplayableRequests, size_of
 
 if TYPE_CHECKING:
@@ -53,31 +53,9 @@ class _Interceptor:
             raise local_error(decision)
         return decision
 
-    async def _unary(self, start: Callable[[Token, float | None], Awaitable[Any]], details: Any, rewind: Any) -> Any:
-        """A call with one response: the interceptor itself may wait for its end."""
-        call = Call(self._source, deadline_of(details.timeout))
-        send = await self._first(call)
-        attempt = await start(send.token, send.timeout)
-        if await attempt.code() is not grpc.StatusCode.UNAUTHENTICATED:
-            return attempt
-        if not call.refused(send.token, replayable=rewind()):
-            return attempt
-        decision = call.again(await call.ask_async())
-        if isinstance(decision, Failure):
-            raise local_error(decision)
-        if not isinstance(decision, Send):
-            return await _raise_refusal(attempt, decision.cause) if decision.cause is not None else attempt
-        second = await start(decision.token, decision.timeout)
-        if await second.code() is grpc.StatusCode.UNAUTHENTICATED:
-            call.refused(decision.token)
-        else:
-            call.passed()
-        return second
-
-    async def _stream(
+    async def _call(
         self, kind: Any, start: Callable[[Token, float | None], Awaitable[Any]], details: Any, requests: Any = None
     ) -> Any:
-        """A call that streams its responses."""
         call = Call(self._source, deadline_of(details.timeout))
         send = await self._first(call)
         handle = kind(self._source, start, call, requests)
@@ -93,7 +71,7 @@ class _UnaryUnary(_Interceptor, grpc.aio.UnaryUnaryClientInterceptor):
         async def start(token: Token, timeout: float | None) -> Any:
             return await continuation(_with(client_call_details, token, timeout), request)
 
-        return await self._unary(start, client_call_details, lambda: True)
+        return await self._call(UnaryUnaryCall, start, client_call_details)
 
 
 class _StreamUnary(_Interceptor, grpc.aio.StreamUnaryClientInterceptor):
@@ -105,7 +83,7 @@ class _StreamUnary(_Interceptor, grpc.aio.StreamUnaryClientInterceptor):
         async def start(token: Token, timeout: float | None) -> Any:
             return await continuation(_with(client_call_details, token, timeout), requests.attempt())
 
-        return await self._unary(start, client_call_details, requests.rewind)
+        return await self._call(StreamUnaryCall, start, client_call_details, requests)
 
 
 class _UnaryStream(_Interceptor, grpc.aio.UnaryStreamClientInterceptor):
@@ -116,7 +94,7 @@ class _UnaryStream(_Interceptor, grpc.aio.UnaryStreamClientInterceptor):
         async def start(token: Token, timeout: float | None) -> Any:
             return await continuation(_with(client_call_details, token, timeout), request)
 
-        return await self._stream(UnaryStreamCall, start, client_call_details)
+        return await self._call(UnaryStreamCall, start, client_call_details)
 
 
 class _StreamStream(_Interceptor, grpc.aio.StreamStreamClientInterceptor):
@@ -128,7 +106,7 @@ class _StreamStream(_Interceptor, grpc.aio.StreamStreamClientInterceptor):
         async def start(token: Token, timeout: float | None) -> Any:
             return await continuation(_with(client_call_details, token, timeout), requests.attempt())
 
-        return await self._stream(StreamStreamCall, start, client_call_details, requests)
+        return await self._call(StreamStreamCall, start, client_call_details, requests)
 
 
 class _Requests:
@@ -179,14 +157,3 @@ def _is_untouched(details: Any) -> bool:
 def _with(details: Any, token: Token, timeout: float | None) -> ClientCallDetails:
     metadata = grpc.aio.Metadata(*(details.metadata or ()), *token.metadata)
     return ClientCallDetails(details.method, timeout, metadata, details.credentials, details.wait_for_ready)
-
-
-async def _raise_refusal(attempt: Any, cause: BaseException) -> Any:
-    error = AioRpcError(
-        await attempt.code(),
-        await attempt.initial_metadata(),
-        await attempt.trailing_metadata(),
-        await attempt.details(),
-        await attempt.debug_error_string(),
-    )
-    raise error from cause
