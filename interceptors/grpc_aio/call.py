@@ -113,8 +113,8 @@ class AuthenticatedCall:
         self._ended = attempt
         token = self._token
         assert token is not None
-        if self._requests is not None and code is not grpc.StatusCode.OK:
-            self._status = _status_now(attempt)
+        failed = self._requests is not None and code is not grpc.StatusCode.OK
+        self._status = _status_now(attempt) if failed else None
         refused = code is grpc.StatusCode.UNAUTHENTICATED
         replayable = (
             refused
@@ -200,9 +200,6 @@ class AuthenticatedCall:
 
     def _finish(self) -> None:
         self._over = True
-        if self._error is None and self._status is not None:
-            self._error = self._status
-            self._error.__cause__ = self._cause
         if self._requests is not None:
             self._requests.stop()
         self._wake()
@@ -259,12 +256,16 @@ class AuthenticatedCall:
         assert self._error is not None
         raise self._error
 
+    def _final_error(self, error: AioRpcError) -> AioRpcError:
+        """How the final attempt failed, which has raised `error`."""
+        return error if self._status is None or self._status.code() is error.code() else self._status
+
     async def _final(self) -> Any:
-        """The final attempt once it is over; None if no attempt tells how the call ended."""
+        """What tells how the call ended, once it is over: an error, or the final attempt."""
         self._notice()
         while not self._over:
             await self._change()
-        return None if self._error is not None else self._attempt
+        return self._error or self._status or self._attempt
 
     def _notice(self) -> None:
         attempt = self._attempt
@@ -282,14 +283,14 @@ class AuthenticatedCall:
                     await self._change()
                 attempt = self._attempt
                 if attempt is None:
-                    return self._error.initial_metadata() if self._error else grpc.aio.Metadata()
+                    return await _said(await self._final(), "initial_metadata")
             metadata = await attempt.initial_metadata()
             if not metadata and not self._committed and not self._over and self._ended is not attempt:
                 # As in the sync twin: of an answer that is all trailers, this may come a moment before the status.
                 _done, _ = await asyncio.wait([asyncio.ensure_future(self._change())], timeout=_TRAILERS_ONLY_SECONDS)
             self._notice()
             if self._over:
-                return await self._attempt.initial_metadata() if self._error is None else self._error.initial_metadata()
+                return await _said(await self._final(), "initial_metadata")
             if attempt is not self._ended:
                 return metadata
             while self._attempt is attempt and not self._over:
@@ -298,25 +299,19 @@ class AuthenticatedCall:
 
     async def trailing_metadata(self) -> Any:
         """See `grpc.aio.Call.trailing_metadata`."""
-        attempt = await self._final()
-        return self._error.trailing_metadata() if attempt is None and self._error else await attempt.trailing_metadata()
+        return await _said(await self._final(), "trailing_metadata")
 
     async def code(self) -> Any:
         """See `grpc.aio.Call.code`."""
-        attempt = await self._final()
-        return self._error.code() if attempt is None and self._error else await attempt.code()
+        return await _said(await self._final(), "code")
 
     async def details(self) -> Any:
         """See `grpc.aio.Call.details`."""
-        attempt = await self._final()
-        return self._error.details() if attempt is None and self._error else await attempt.details()
+        return await _said(await self._final(), "details")
 
     async def debug_error_string(self) -> Any:
         """What gRPC's core says of an error, beyond its details."""
-        attempt = await self._final()
-        return (
-            self._error.debug_error_string() if attempt is None and self._error else await attempt.debug_error_string()
-        )
+        return await _said(await self._final(), "debug_error_string")
 
     async def wait_for_connection(self) -> None:
         """See `grpc.aio.Call.wait_for_connection`."""
@@ -327,7 +322,7 @@ class AuthenticatedCall:
             except AioRpcError as error:
                 following = await self._following(attempt)
                 if following is attempt:
-                    raise error from self._cause
+                    raise self._final_error(error) from self._cause
                 attempt = following
             else:
                 return
@@ -339,8 +334,9 @@ class AuthenticatedCall:
 
     def cancelled(self) -> bool:
         """See `grpc.aio.RpcContext.cancelled`."""
-        if self._error is not None:
-            return self._error.code() is grpc.StatusCode.CANCELLED
+        error = self._error or (self._status if self._over else None)
+        if error is not None:
+            return error.code() is grpc.StatusCode.CANCELLED
         if self._attempt is None or (self._attempt is self._ended and not self._over):
             return self._cancelled
         return bool(self._attempt.cancelled())
@@ -380,8 +376,9 @@ class AuthenticatedCall:
 
     def __repr__(self) -> str:
         attempt = self._attempt
-        if self._error is not None:
-            return repr(self._error).replace("AioRpcError", type(self).__name__)
+        error = self._error or (self._status if self._over else None)
+        if error is not None:
+            return repr(error).replace("AioRpcError", type(self).__name__)
         return f"<{type(self).__name__} object>" if attempt is None else repr(attempt)
 
     __str__ = __repr__
@@ -398,7 +395,7 @@ class _UnaryResponse(AuthenticatedCall):
             except AioRpcError as error:
                 following = yield from self._following(attempt).__await__()
                 if following is attempt:
-                    raise error from self._cause
+                    raise self._final_error(error) from self._cause
                 attempt = following
             else:
                 return response
@@ -434,7 +431,7 @@ class _StreamResponse(AuthenticatedCall):
             except AioRpcError as error:
                 following = await self._following(attempt)
                 if following is attempt:
-                    raise error from self._cause
+                    raise self._final_error(error) from self._cause
             else:
                 if self._committed or self._commit(attempt):
                     yield response
@@ -458,7 +455,7 @@ class _StreamResponse(AuthenticatedCall):
             except AioRpcError as error:
                 following = await self._following(attempt)
                 if following is attempt:
-                    raise error from self._cause
+                    raise self._final_error(error) from self._cause
                 attempt = following
             else:
                 if response is grpc.aio.EOF or self._committed or self._commit(attempt):
@@ -498,6 +495,12 @@ class StreamStreamCall(_StreamRequest, _StreamResponse, grpc.aio.StreamStreamCal
     """A bidirectional stream that is made once more with another token if its first attempt is refused."""
 
 
+async def _said(teller: Any, what: str) -> Any:
+    """What an error, or an attempt that is over, says of itself."""
+    said = getattr(teller, what)()
+    return said if isinstance(teller, AioRpcError) else await said
+
+
 def _now(answer: Coroutine[Any, Any, Any]) -> Any:
     """What `answer` returns if it need not wait; else None."""
     try:
@@ -522,10 +525,12 @@ def _status_now(attempt: Any) -> AioRpcError | None:
     code = _now(attempt.code())
     if code is None:
         return None
-    initial, trailing = _now(attempt.initial_metadata()), _now(attempt.trailing_metadata())
-    empty = grpc.aio.Metadata()
     return AioRpcError(
-        code, initial or empty, trailing or empty, _now(attempt.details()), _now(attempt.debug_error_string())
+        code,
+        _now(attempt.initial_metadata()),
+        _now(attempt.trailing_metadata()),
+        _now(attempt.details()),
+        _now(attempt.debug_error_string()),
     )
 
 
