@@ -81,8 +81,10 @@ class SyncDriver:
 class AioDriver:
     """grpc.aio, on an event loop in a thread."""
 
+    new_event_loop = staticmethod(asyncio.new_event_loop)
+
     def __init__(self, target, source, way, **options):
-        self.loop = asyncio.new_event_loop()
+        self.loop = self.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self.run(self._open(target, source, way, options))
@@ -148,6 +150,16 @@ class AioDriver:
 
 
 FLAVOURS = {"grpc": SyncDriver, "aio": AioDriver}
+try:
+    import uvloop
+except ImportError:  # there is none for Windows
+    pass
+else:
+
+    class UvloopDriver(AioDriver):
+        new_event_loop = staticmethod(uvloop.new_event_loop)
+
+    FLAVOURS["aio-uvloop"] = UvloopDriver
 WAYS = ("intercept_channel", "intercept_stub", "native")
 KINDS = ("unary", "server_stream", "client_stream", "bidi")
 EXPECTED = {"server_stream": [1, 2, 3], "client_stream": ["1", "2", "3"], "bidi": ["1", "2", "3"]}

@@ -153,6 +153,9 @@ class RequestStream:
             while True:
                 try:
                     while log.ahead:
+                        if attempt is call._ended:  # noqa: SLF001
+                            # Its log was rewound: what is taken from it now is for the attempt that follows.
+                            raise asyncio.InvalidStateError(_FINISHED)  # noqa: TRY301
                         await attempt.write(log.next())
                     if self._half_closed:
                         await attempt.done_writing()
