@@ -320,6 +320,7 @@ class _Pulling(Generic[R, M]):
         except BaseException as error:
             log.error = error  # it is raised where the message would have been sent
             if isinstance(error, asyncio.CancelledError):
+                await close(self._requests)
                 raise
         finally:
             self.wake()
@@ -338,6 +339,13 @@ class _Pulling(Generic[R, M]):
         if task is not None and not task.done():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 task.get_loop().call_soon_threadsafe(task.cancel)
+
+
+async def close(requests: Any) -> None:
+    """Closes an async generator that nothing will be pulled from any more."""
+    aclose = getattr(requests, "aclose", None)
+    if aclose is not None:
+        await aclose()
 
 
 def size_of(message: Any) -> int:

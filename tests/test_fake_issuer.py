@@ -167,7 +167,7 @@ def test_a_held_issuer_answers_when_it_is_released(issuer, client):
 
 
 def test_waiting_for_requests_that_do_not_come_ends(issuer):
-    with pytest.raises(TimeoutError, match="0 token requests arrived within 0.01 s, not 1"):
+    with pytest.raises(TimeoutError, match="0 token requests arrived"):
         issuer.wait_for_token_requests(1, timeout=0.01)
 
 

@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -228,10 +229,10 @@ class AuthenticatedCall:
             if not future.done():
                 future.set_result(None)
 
-    async def _change(self) -> None:
-        future = asyncio.get_running_loop().create_future()
+    def _next_change(self) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        return future
 
     async def _following(self, attempt: Any) -> Any:
         """The attempt that follows `attempt` once it has begun, `attempt` if none will, None if there was none at all.
@@ -242,7 +243,7 @@ class AuthenticatedCall:
             self._settle(attempt)
         try:
             while not self._over and self._attempt is attempt:
-                await self._change()
+                await self._next_change()
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -256,15 +257,17 @@ class AuthenticatedCall:
         assert self._error is not None
         raise self._error
 
-    def _final_error(self, error: AioRpcError) -> AioRpcError:
+    def final_error(self, error: AioRpcError) -> AioRpcError:
         """How the final attempt failed, which has raised `error`."""
-        return error if self._status is None or self._status.code() is error.code() else self._status
+        final = error if self._status is None or self._status.code() is error.code() else self._status
+        final.__cause__ = self._cause
+        return final
 
     async def _final(self) -> Any:
         """What tells how the call ended, once it is over: an error, or the final attempt."""
         self._notice()
         while not self._over:
-            await self._change()
+            await self._next_change()
         return self._error or self._status or self._attempt
 
     def _notice(self) -> None:
@@ -280,21 +283,21 @@ class AuthenticatedCall:
         while True:
             if attempt is None:
                 while self._attempt is None and not self._over:
-                    await self._change()
+                    await self._next_change()
                 attempt = self._attempt
                 if attempt is None:
                     return await _said(await self._final(), "initial_metadata")
             metadata = await attempt.initial_metadata()
             if not metadata and not self._committed and not self._over and self._ended is not attempt:
                 # As in the sync twin: of an answer that is all trailers, this may come a moment before the status.
-                _done, _ = await asyncio.wait([asyncio.ensure_future(self._change())], timeout=_TRAILERS_ONLY_SECONDS)
+                await asyncio.wait([self._next_change()], timeout=_TRAILERS_ONLY_SECONDS)
             self._notice()
             if self._over:
                 return await _said(await self._final(), "initial_metadata")
             if attempt is not self._ended:
                 return metadata
             while self._attempt is attempt and not self._over:
-                await self._change()
+                await self._next_change()
             attempt = self._attempt
 
     async def trailing_metadata(self) -> Any:
@@ -322,7 +325,7 @@ class AuthenticatedCall:
             except AioRpcError as error:
                 following = await self._following(attempt)
                 if following is attempt:
-                    raise self._final_error(error) from self._cause
+                    raise self.final_error(error) from self._cause
                 attempt = following
             else:
                 return
@@ -347,7 +350,7 @@ class AuthenticatedCall:
         return self._over
 
     def cancel(self) -> bool:
-        """See `grpc.aio.RpcContext.cancel`: stops the attempt in flight, a pending retry, and the pulling of requests."""
+        """See `grpc.aio.RpcContext.cancel`: ends the attempt in flight, a pending retry, the pulling of requests."""
         self._notice()
         if self._over:
             return False
@@ -395,8 +398,11 @@ class _UnaryResponse(AuthenticatedCall):
             except AioRpcError as error:
                 following = yield from self._following(attempt).__await__()
                 if following is attempt:
-                    raise self._final_error(error) from self._cause
+                    raise self.final_error(error) from self._cause
                 attempt = following
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
             else:
                 return response
 
@@ -404,6 +410,8 @@ class _UnaryResponse(AuthenticatedCall):
 class _StreamResponse(AuthenticatedCall):
     _iterator: AsyncIterator[Any] | None = None
     _style: str | None = None
+    _reading = False
+    _unread: deque[Any] | None = None  # what was read ahead of the caller; see `_settle_later`
 
     def _watch(self, attempt: Any) -> None:
         # Weakly, so that a stream which nobody holds any more is cancelled, as gRPC does it.
@@ -421,46 +429,85 @@ class _StreamResponse(AuthenticatedCall):
         return self._iterator
 
     async def _responses(self) -> AsyncIterator[Any]:
-        attempt = self._attempt if self._attempt is not None else await self._following(None)
-        responses = attempt.__aiter__()
-        while True:
-            try:
-                response = await anext(responses)
-            except StopAsyncIteration:
-                return
-            except AioRpcError as error:
-                following = await self._following(attempt)
-                if following is attempt:
-                    raise self._final_error(error) from self._cause
-            else:
-                if self._committed or self._commit(attempt):
-                    yield response
-                    continue
-                following = await self._following(attempt)
-            attempt = following
-            responses = attempt.__aiter__()
+        while (response := await self._next(_iterated)) is not grpc.aio.EOF:
+            yield response
+            if self._unread is None:
+                break
+        else:
+            return
+        # From the first response on, nothing but the final attempt's end can matter.
+        attempt = self._attempt
+        try:
+            async for response in attempt:
+                yield response
+        except AioRpcError as error:
+            await self._following(attempt)
+            raise self.final_error(error) from self._cause
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     async def read(self) -> Any:
         """See `grpc.aio.UnaryStreamCall.read`."""
-        attempt = self._attempt
-        if not (self._over and attempt is not None):
+        if not (self._over and self._attempt is not None):
             self._use("reader")
-        if attempt is None:
-            attempt = await self._following(None)
+        return await self._next(_read)
+
+    async def _next(self, read: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        """The next response, or EOF."""
+        attempt = self._attempt if self._attempt is not None else await self._following(None)
         while True:
+            if self._unread is not None:
+                attempt = await self._following(attempt)
+                if self._unread is not None:
+                    return self._next_unread()
             if self._error is not None:
                 self._raise_local()
             try:
-                response = await attempt.read()
+                self._reading = True
+                response = await read(attempt)
             except AioRpcError as error:
                 following = await self._following(attempt)
                 if following is attempt:
-                    raise self._final_error(error) from self._cause
+                    raise self.final_error(error) from self._cause
                 attempt = following
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
             else:
                 if response is grpc.aio.EOF or self._committed or self._commit(attempt):
                     return response
                 attempt = await self._following(attempt)
+            finally:
+                self._reading = False
+
+    def _next_unread(self) -> Any:
+        assert self._unread is not None
+        if self._unread:
+            return self._unread.popleft()
+        if self._status is not None:
+            raise self._status from self._cause
+        return grpc.aio.EOF
+
+    async def _settle_later(self, attempt: Any) -> None:
+        if not self._committed and not self._reading:
+            # The server's status comes after its responses, and nobody reads them. They are the caller's if the
+            # attempt was the final one.
+            self._unread = deque()
+            responses = attempt.__aiter__()
+            try:
+                async for response in responses:
+                    self._unread.append(response)
+            except AioRpcError:
+                pass  # the status is there
+            except asyncio.CancelledError:
+                if not self._over:
+                    raise
+        await super()._settle_later(attempt)
+
+    def adopt(self, token: Token, attempt: Any) -> None:
+        self._unread = None
+        super().adopt(token, attempt)
 
     def __del__(self) -> None:
         if not self._over and self._requests is not None:
@@ -499,6 +546,14 @@ async def _said(teller: Any, what: str) -> Any:
     """What an error, or an attempt that is over, says of itself."""
     said = getattr(teller, what)()
     return said if isinstance(teller, AioRpcError) else await said
+
+
+async def _iterated(attempt: Any) -> Any:
+    return await anext(attempt.__aiter__(), grpc.aio.EOF)
+
+
+async def _read(attempt: Any) -> Any:
+    return await attempt.read()
 
 
 def _now(answer: Coroutine[Any, Any, Any]) -> Any:

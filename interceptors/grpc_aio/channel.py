@@ -48,29 +48,24 @@ class AuthenticatedAioChannel(grpc.aio.Channel):
         self._source = source
         self._replay_limit = replay_limit
 
-    def unary_unary(self, *args: Any, **options: Any) -> grpc.aio.UnaryUnaryMultiCallable:
+    def unary_unary(self, *args: Any, **options: Any) -> Any:
         """See `grpc.aio.Channel.unary_unary`."""
-        return authenticated_multicallable(
-            self._channel.unary_unary(*args, **options), self._source, self._replay_limit
-        )  # type: ignore[no-any-return]
+        return self._authenticated(self._channel.unary_unary(*args, **options))
 
-    def unary_stream(self, *args: Any, **options: Any) -> grpc.aio.UnaryStreamMultiCallable:
+    def unary_stream(self, *args: Any, **options: Any) -> Any:
         """See `grpc.aio.Channel.unary_stream`."""
-        return authenticated_multicallable(
-            self._channel.unary_stream(*args, **options), self._source, self._replay_limit
-        )  # type: ignore[no-any-return]
+        return self._authenticated(self._channel.unary_stream(*args, **options))
 
-    def stream_unary(self, *args: Any, **options: Any) -> grpc.aio.StreamUnaryMultiCallable:
+    def stream_unary(self, *args: Any, **options: Any) -> Any:
         """See `grpc.aio.Channel.stream_unary`."""
-        return authenticated_multicallable(
-            self._channel.stream_unary(*args, **options), self._source, self._replay_limit
-        )  # type: ignore[no-any-return]
+        return self._authenticated(self._channel.stream_unary(*args, **options))
 
-    def stream_stream(self, *args: Any, **options: Any) -> grpc.aio.StreamStreamMultiCallable:
+    def stream_stream(self, *args: Any, **options: Any) -> Any:
         """See `grpc.aio.Channel.stream_stream`."""
-        return authenticated_multicallable(
-            self._channel.stream_stream(*args, **options), self._source, self._replay_limit
-        )  # type: ignore[no-any-return]
+        return self._authenticated(self._channel.stream_stream(*args, **options))
+
+    def _authenticated(self, inner: Any) -> Any:
+        return authenticated_multicallable(inner, self._source, self._replay_limit)
 
     async def close(self, grace: float | None = None) -> None:
         """See `grpc.aio.Channel.close`. The source is left open: it may serve other channels."""
@@ -253,8 +248,7 @@ def _start(
 def _serialised(serializer: Callable[[Any], Any] | None, request: Any) -> Any:
     try:
         return request if serializer is None else serializer(request)
-    except Exception:
-        # gRPC goes on with a request of None when its own serialising fails.
+    except Exception:  # noqa: BLE001 - gRPC goes on with a request of None when its own serialising fails
         _log.exception("Exception serializing message!")
         return None
 

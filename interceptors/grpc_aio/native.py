@@ -68,8 +68,8 @@ class _UnaryUnary(_Interceptor, grpc.aio.UnaryUnaryClientInterceptor):
         if _is_untouched(client_call_details):
             return await continuation(client_call_details, request)
 
-        async def start(token: Token, timeout: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, timeout), request)
+        async def start(token: Token, left: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, left), request)
 
         return await self._call(UnaryUnaryCall, start, client_call_details)
 
@@ -80,8 +80,8 @@ class _StreamUnary(_Interceptor, grpc.aio.StreamUnaryClientInterceptor):
             return await continuation(client_call_details, request_iterator)
         requests = _Requests(request_iterator, self._replay_limit)
 
-        async def start(token: Token, timeout: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, timeout), requests.attempt())
+        async def start(token: Token, left: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, left), requests.attempt())
 
         return await self._call(StreamUnaryCall, start, client_call_details, requests)
 
@@ -91,8 +91,8 @@ class _UnaryStream(_Interceptor, grpc.aio.UnaryStreamClientInterceptor):
         if _is_untouched(client_call_details):
             return await continuation(client_call_details, request)
 
-        async def start(token: Token, timeout: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, timeout), request)
+        async def start(token: Token, left: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, left), request)
 
         return await self._call(UnaryStreamCall, start, client_call_details)
 
@@ -103,8 +103,8 @@ class _StreamStream(_Interceptor, grpc.aio.StreamStreamClientInterceptor):
             return await continuation(client_call_details, request_iterator)
         requests = _Requests(request_iterator, self._replay_limit)
 
-        async def start(token: Token, timeout: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, timeout), requests.attempt())
+        async def start(token: Token, left: float | None) -> Any:
+            return await continuation(_with(client_call_details, token, left), requests.attempt())
 
         return await self._call(StreamStreamCall, start, client_call_details, requests)
 

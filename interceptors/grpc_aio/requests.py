@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc.aio
 from grpc.aio import AioRpcError
 
-from interceptors.replay import RequestLog
+from interceptors.replay import RequestLog, close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -105,12 +105,12 @@ class RequestStream:
                     await self._write(prepare(request))
             await self._done_writing()
         except (AioRpcError, asyncio.InvalidStateError):
-            return  # the call is over
+            await close(requests)  # the call is over
         except asyncio.CancelledError:
             call.cancel()
+            await close(requests)
             raise
-        except BaseException:
-            # As gRPC does it: a caller's iterator that fails cancels its call.
+        except Exception:  # noqa: BLE001 - as gRPC does it: a caller's iterator that fails cancels its call
             _log.debug("the request iterator has raised an exception", exc_info=True)
             call.cancel()
 
@@ -144,7 +144,7 @@ class RequestStream:
         assert call is not None
         while self._sending:
             # Another task is at it; what was appended is written by it, or by this one when it is done.
-            await call._change()  # noqa: SLF001
+            await call._next_change()  # noqa: SLF001
         self._sending = True
         try:
             attempt = call._attempt  # noqa: SLF001
@@ -155,14 +155,14 @@ class RequestStream:
                     while log.ahead:
                         if attempt is call._ended:  # noqa: SLF001
                             # Its log was rewound: what is taken from it now is for the attempt that follows.
-                            raise asyncio.InvalidStateError(_FINISHED)  # noqa: TRY301
+                            raise asyncio.InvalidStateError(_FINISHED)
                         await attempt.write(log.next())
                     if self._half_closed:
                         await attempt.done_writing()
-                except (AioRpcError, asyncio.InvalidStateError):
+                except (AioRpcError, asyncio.InvalidStateError) as error:
                     following = await call._following(attempt)  # noqa: SLF001
                     if following is attempt:
-                        raise
+                        raise call.final_error(error) if isinstance(error, AioRpcError) else error
                     attempt = following
                 else:
                     if attempt is call._attempt:  # noqa: SLF001
