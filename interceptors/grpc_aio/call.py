@@ -20,7 +20,7 @@ from grpc.aio import AioRpcError
 from interceptors.call import Call, Failure, Send, Surface
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 
     from interceptors.grpc_aio.requests import RequestStream
     from interceptors.source import TokenSource
@@ -49,34 +49,44 @@ class AuthenticatedCall:
     Args:
         source: Where tokens come from.
         start: Starts an attempt with a token, in so many seconds (None: no limit); may be a coroutine function.
-        call: The call's dealings with its source.
+        deadline: When the caller's time is up; see `interceptors.call.Call`.
         requests: The request stream, if the call has one.
     """
+
+    # Most calls end well with their first attempt and need none of these of their own.
+    _dealings: Call | None = None
+    _ended: Any = None  # the attempt whose end has been dealt with
+    _pending: asyncio.Task[None] | None = None
+    _settling: asyncio.Task[None] | None = None
+    _error: AioRpcError | None = None  # how the call ended, if no attempt says so
+    _status: AioRpcError | None = None  # how the latest attempt ended, if it may say something else later
+    _cause: BaseException | None = None
+    _committed = False
+    _over = False
+    _cancelled = False
+    _callbacks: Sequence[Callable[[Any], None]] = ()
+    _waiting: Sequence[asyncio.Future[None]] = ()
+    _attempt: Any = None  # the latest
+    _token: Token | None = None  # what it carries
 
     def __init__(
         self,
         source: TokenSource,
         start: Callable[[Token, float | None], Any],
-        call: Call,
+        deadline: float | None,
         requests: RequestStream | None = None,
     ) -> None:
         self._source = source
         self._start = start
-        self._call = call
+        self._deadline = deadline
         self._requests = requests
-        self._attempt: Any = None  # the latest
-        self._token: Token | None = None  # what it carries
-        self._ended: Any = None  # the attempt whose end has been dealt with
-        self._pending: asyncio.Task[None] | None = None
-        self._settling: asyncio.Task[None] | None = None
-        self._error: AioRpcError | None = None  # how the call ended, if no attempt says so
-        self._status: AioRpcError | None = None  # how the latest attempt ended, if it may say something else later
-        self._cause: BaseException | None = None
-        self._committed = False
-        self._over = False
-        self._cancelled = False
-        self._callbacks: list[Callable[[Any], None]] = []
-        self._waiting: list[asyncio.Future[None]] = []
+
+    @property
+    def _call(self) -> Call:
+        """The call's dealings with its source."""
+        if self._dealings is None:
+            self._dealings = Call(self._source, self._deadline)
+        return self._dealings
 
     def begin(self, token: Token | None, timeout: float | None) -> None:
         """Makes the first attempt with `token`, or as soon as the source has one."""
@@ -96,11 +106,26 @@ class AuthenticatedCall:
     # Attempts, one after the other
 
     def _watch(self, attempt: Any) -> None:
-        attempt.add_done_callback(functools.partial(_attempt_ended, self))
+        attempt.add_done_callback(_Ending(self))
+
+    def attempt_ended(self, attempt: Any) -> bool:
+        """Deals with the end of `attempt`, of which it may be told more than once; True if it has been."""
+        try:
+            if self._requests is None and self._dealings is None and _is_ok(attempt):
+                self._ended = attempt
+                self._finish()
+            else:
+                self._settle(attempt)
+        except Exception as error:  # noqa: BLE001 - a source that breaks its contract must not leave the caller waiting
+            self._end(None, error)
+        return self._ended is attempt
 
     def _settle(self, attempt: Any) -> None:
         """Decides, once, what the end of `attempt` means."""
         if self._over or attempt is self._ended or attempt is not self._attempt:
+            return
+        if _is_ok(attempt):
+            self._settle_as(attempt, grpc.StatusCode.OK)
             return
         code = _now(attempt.code())
         if code is None or (self._requests is not None and _is_provisional(attempt, code)):
@@ -112,23 +137,28 @@ class AuthenticatedCall:
     def _settle_as(self, attempt: Any, code: grpc.StatusCode) -> None:
         self._settling = None
         self._ended = attempt
-        token = self._token
-        assert token is not None
-        failed = self._requests is not None and code is not grpc.StatusCode.OK
-        self._status = _status_now(attempt) if failed else None
-        refused = code is grpc.StatusCode.UNAUTHENTICATED
-        replayable = (
-            refused
-            and not self._committed
-            and not self._cancelled
-            and (self._requests is None or self._requests.rewind())
-        )
-        if not refused:
-            self._call.passed()
-        elif self._call.refused(token, replayable=replayable):
-            self._ask(self._call.again)
+        if code is grpc.StatusCode.OK:
+            self._status = None
+            self._passed()
+            self._finish()
             return
+        if self._requests is not None:
+            self._status = _status_now(attempt)
+        if code is not grpc.StatusCode.UNAUTHENTICATED:
+            self._passed()
+        else:
+            assert self._token is not None
+            replayable = (
+                not self._committed and not self._cancelled and (self._requests is None or self._requests.rewind())
+            )
+            if self._call.refused(self._token, replayable=replayable):
+                self._ask(self._call.again)
+                return
         self._finish()
+
+    def _passed(self) -> None:
+        if self._dealings is not None:
+            self._dealings.passed()
 
     async def _settle_later(self, attempt: Any) -> None:
         code = await attempt.code()
@@ -203,8 +233,11 @@ class AuthenticatedCall:
         self._over = True
         if self._requests is not None:
             self._requests.stop()
-        self._wake()
-        callbacks, self._callbacks = self._callbacks, []
+        if self._waiting:
+            self._wake()
+        if not self._callbacks:
+            return
+        callbacks, self._callbacks = self._callbacks, ()
         for callback in callbacks:
             try:
                 callback(self)
@@ -218,20 +251,20 @@ class AuthenticatedCall:
         self._committed = True
         if self._requests is not None:
             self._requests.free()
-        self._call.passed()
+        self._passed()
         return True
 
     # Waiting
 
     def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, ()
         for future in waiting:
             if not future.done():
                 future.set_result(None)
 
     def _next_change(self) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
+        self._waiting = (*self._waiting, future)
         return future
 
     async def _following(self, attempt: Any) -> Any:
@@ -375,7 +408,7 @@ class AuthenticatedCall:
         if self._over:
             callback(self)
         else:
-            self._callbacks.append(callback)
+            self._callbacks = (*self._callbacks, callback)
 
     def __repr__(self) -> str:
         attempt = self._attempt
@@ -589,14 +622,27 @@ def _status_now(attempt: Any) -> AioRpcError | None:
     )
 
 
-def _attempt_ended(call: AuthenticatedCall, attempt: Any) -> None:
-    try:
-        call._settle(attempt)  # noqa: SLF001
-    except Exception as error:  # noqa: BLE001 - a source that breaks its contract must not leave the caller waiting
-        call._end(None, error)  # noqa: SLF001
+class _Ending:
+    """Tells a call that an attempt is over, and then forgets the call: or they would keep each other alive."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: AuthenticatedCall) -> None:
+        self._call: AuthenticatedCall | None = call
+
+    def __call__(self, attempt: Any) -> None:
+        call = self._call
+        if call is not None and call.attempt_ended(attempt):
+            self._call = None
 
 
 def _attempt_of_stream_ended(call_of: weakref.ref[AuthenticatedCall], attempt: Any) -> None:
     call = call_of()
     if call is not None:
-        _attempt_ended(call, attempt)
+        call.attempt_ended(attempt)
+
+
+def _is_ok(attempt: Any) -> bool:
+    """Whether `attempt`, which is over, has ended well; False if that takes a closer look."""
+    native = getattr(attempt, "_cython_call", None)
+    return native is not None and native.is_ok()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 import grpc.aio
 
-from interceptors.call import REPLAY_LIMIT, Call, carries_own_authorization, deadline_of
+from interceptors.call import REPLAY_LIMIT, carries_own_authorization, deadline_of
 from interceptors.grpc_aio.call import (
     AuthenticatedCall,
     StreamStreamCall,
@@ -139,7 +139,7 @@ class _MultiCallable:
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
             return self._plain(request, timeout=timeout, metadata=metadata, credentials=credentials, **options)
         start = functools.partial(_start, self._inner, self._prepare(request), metadata, options)
-        call = kind(self._source, start, Call(self._source, deadline_of(timeout)))
+        call = kind(self._source, start, deadline_of(timeout))
         call.begin(self._peek(), timeout)
         return call
 
@@ -158,7 +158,7 @@ class _MultiCallable:
             return self._plain(request_iterator, timeout=timeout, metadata=metadata, credentials=credentials, **options)
         requests = RequestStream(request_iterator, self._prepare, size_of, self._replay_limit)
         start = functools.partial(_start, self._inner, None, metadata, options)
-        call = kind(self._source, start, Call(self._source, deadline_of(timeout)), requests)
+        call = kind(self._source, start, deadline_of(timeout), requests)
         call.begin(self._peek(), timeout)
         requests.attach(call)
         return call

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 from grpc.aio import ClientCallDetails
 
-from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
+from interceptors.call import REPLAY_LIMIT, Call, Failure, carries_own_authorization, deadline_of
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_aio.call import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall, local_error
 from interceptors.replay import AsyncReplayableRequests, size_of
@@ -47,19 +47,19 @@ class _Interceptor:
         self._source = source
         self._replay_limit = replay_limit
 
-    async def _first(self, call: Call) -> Send:
-        decision = call.begin(await call.ask_async())
-        if isinstance(decision, Failure):
-            raise local_error(decision)
-        return decision
-
     async def _call(
         self, kind: Any, start: Callable[[Token, float | None], Awaitable[Any]], details: Any, requests: Any = None
     ) -> Any:
-        call = Call(self._source, deadline_of(details.timeout))
-        send = await self._first(call)
-        handle = kind(self._source, start, call, requests)
-        handle.adopt(send.token, await start(send.token, send.timeout))
+        deadline = deadline_of(details.timeout)
+        token, left = self._source.peek(), details.timeout
+        if token is None:
+            call = Call(self._source, deadline)
+            decision = call.begin(await call.ask_async())
+            if isinstance(decision, Failure):
+                raise local_error(decision)
+            token, left = decision.token, decision.timeout
+        handle = kind(self._source, start, deadline, requests)
+        handle.adopt(token, await start(token, left))
         return handle
 
 
