@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from typing import TYPE_CHECKING, Any
+import re
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+_GRPC: Final = re.compile(r"application/grpc($|[+;])")
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -36,16 +40,12 @@ def routed(applications: Mapping[str, Application]) -> Application:
 def drained(application: Application) -> Application:
     """Takes in what a client still sends when it has been answered already, as a refused client stream does.
 
-    Hypercorn forgets an HTTP/2 stream when its response ends, and breaks the whole connection when more of the request
-    comes. So the response ends with trailers of which more are announced: to the client that is the end, to Hypercorn
-    only this function's return is.
+    Hypercorn forgets a stream when its response ends, and breaks the whole connection when more of the request comes. So the end is withheld until the request's: of trailers more are announced, and of a body a last, empty part.
+    The client knows by the message that ends a stream in each protocol.
     """
 
     async def drain(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["http_version"] != "2":
-            await application(scope, receive, send)
-            return
-        received = False
+        received = ended = False
         has_trailers = False
 
         async def receiving() -> Message:
@@ -55,22 +55,23 @@ def drained(application: Application) -> Application:
             return message
 
         async def sending(message: Message) -> None:
-            nonlocal has_trailers
+            nonlocal ended, has_trailers
             if message["type"] == "http.response.start":
                 has_trailers = message.get("trailers", False)
-                await send({**message, "trailers": True})
             elif message["type"] == "http.response.trailers":
-                await send({**message, "more_trailers": True})
-            else:
-                await send(message)
-                if not message.get("more_body", False) and not has_trailers:
-                    await send({"type": "http.response.trailers", "headers": [], "more_trailers": True})
+                message = {**message, "more_trailers": True}
+            elif not has_trailers and not message.get("more_body", False):
+                ended = True
+                message = {**message, "more_body": True}
+            await send(message)
 
-        # Without it Hypercorn would send none.
+        # Without it Hypercorn would send no trailers; over HTTP/1.1 there are none.
         scope["headers"] = [*(pair for pair in scope["headers"] if pair[0] != b"te"), (b"te", b"trailers")]
         await application(scope, receiving, sending)
         while not received:
             await receiving()
+        if ended:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     return drain
 
@@ -87,7 +88,7 @@ class WsgiBridge:
         self._application = application
         self._root = root
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - it is ASGI's
         loop = asyncio.get_running_loop()
         body = _Body()
         response = _Response(lambda message: asyncio.run_coroutine_threadsafe(_sent(send, message), loop).result())
@@ -119,6 +120,7 @@ class WsgiBridge:
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": scope["scheme"],
             "wsgi.input": body,
+            "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
             "wsgi.multiprocess": False,
             "wsgi.run_once": False,
@@ -170,16 +172,18 @@ class _Body:
 class _Response:
     def __init__(self, send: Callable[[Message], None]) -> None:
         self._send = send
-        self._begin: Message | None = None
+        self._begin: dict[str, Any] | None = None
         self.trailers: list[tuple[str, str]] = []
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:  # noqa: ARG002
         self._begin = {
             "type": "http.response.start",
-            "status": int(status.split(maxsplit=1)[0]),
+            "status": int(status.split()[0]),
             "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in headers],
-            "trailers": True,
+            # Only gRPC has any.
+            "trailers": any(key.lower() == "content-type" and _GRPC.match(value) for key, value in headers),
         }
+        self._has_trailers = self._begin["trailers"]
 
     def write(self, chunk: bytes) -> None:
         self._started()
@@ -188,8 +192,9 @@ class _Response:
     def end(self) -> None:
         self._started()
         self._send({"type": "http.response.body", "body": b"", "more_body": False})
-        trailers = [(key.encode(), value.encode()) for key, value in self.trailers]
-        self._send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
+        if self._has_trailers:
+            trailers = [(key.encode(), value.encode()) for key, value in self.trailers]
+            self._send({"type": "http.response.trailers", "headers": trailers, "more_trailers": False})
 
     def _started(self) -> None:
         if self._begin is not None:
