@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import grpc
 import grpc.aio
+from connect_drivers import CONNECT_WAYS, ConnectAioDriver, ConnectDriver, converse_requests, ingest_requests
+from connectrpc.errors import ConnectError
 
 from interceptors import (
     BearerInterceptor,
@@ -17,26 +19,14 @@ from interceptors import (
     intercept_channel,
     intercept_stub,
 )
-from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
-
-
-def event(event_id):
-    return event_pb2.HookEvent(session_id="s", event_id=str(event_id), hook_event_name="PreToolUse")
-
-
-def ingest_requests(ids):
-    return (event_pb2.IngestEventsRequest(event=event(i)) for i in ids)
-
-
-def converse_requests(ids):
-    return (event_pb2.StreamHookEventsRequest(event=event(i)) for i in ids)
+from interceptors.gen.kontext.agent.v1 import event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
 
 
 class SyncDriver:
     """grpc sync."""
 
-    def __init__(self, target, source, way, **options):
-        plain = grpc.insecure_channel(target, options=[("grpc.enable_retries", 0)])
+    def __init__(self, server, source, way, **options):
+        plain = grpc.insecure_channel(server.target, options=[("grpc.enable_retries", 0)])
         self.plain = plain
         if way == "intercept_channel":
             self.channel = intercept_channel(plain, source, **options)
@@ -83,11 +73,11 @@ class AioDriver:
 
     new_event_loop = staticmethod(asyncio.new_event_loop)
 
-    def __init__(self, target, source, way, **options):
+    def __init__(self, server, source, way, **options):
         self.loop = self.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.run(self._open(target, source, way, options))
+        self.run(self._open(server.target, source, way, options))
 
     def run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
@@ -160,18 +150,32 @@ else:
         new_event_loop = staticmethod(uvloop.new_event_loop)
 
     FLAVOURS["aio-uvloop"] = UvloopDriver
-WAYS = ("intercept_channel", "intercept_stub", "native")
+FLAVOURS |= {"connect": ConnectDriver, "connect-aio": ConnectAioDriver}
+
+GRPC_WAYS = ("intercept_channel", "intercept_stub", "native")
+WAYS = {flavour: CONNECT_WAYS if flavour.startswith("connect") else GRPC_WAYS for flavour in FLAVOURS}
+RPC_ERRORS = (grpc.RpcError, ConnectError)
 KINDS = ("unary", "server_stream", "client_stream", "bidi")
 EXPECTED = {"server_stream": [1, 2, 3], "client_stream": ["1", "2", "3"], "bidi": ["1", "2", "3"]}
 
 
 @contextmanager
-def driving(flavour, target, source, way="intercept_channel", **options):
-    driver = FLAVOURS[flavour](target, source, way, **options)
+def driving(flavour, server, source, way=None, **options):
+    driver = FLAVOURS[flavour](server, source, way or next(iter(WAYS[flavour])), **options)
     try:
         yield driver
     finally:
         driver.close()
+
+
+def code_of(error):
+    """The name that gRPC has for an error's status."""
+    name = error.code.name if isinstance(error, ConnectError) else error.code().name
+    return "CANCELLED" if name == "CANCELED" else name
+
+
+def details_of(error):
+    return error.message if isinstance(error, ConnectError) else error.details()
 
 
 class SlowSource(TokenSource):

@@ -24,6 +24,12 @@ def routed(applications: Mapping[str, Application]) -> Application:
     """Hands each request to the application with the longest path that its own begins with."""
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
         if scope["type"] != "http":
             msg = f"only HTTP is served, not {scope['type']}"
             raise RuntimeError(msg)
@@ -45,6 +51,9 @@ def drained(application: Application) -> Application:
     """
 
     async def drain(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await application(scope, receive, send)
+            return
         received = ended = False
         has_trailers = False
 
@@ -178,7 +187,7 @@ class _Response:
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:  # noqa: ARG002
         self._begin = {
             "type": "http.response.start",
-            "status": int(status.split()[0]),
+            "status": int(status.split(maxsplit=1)[0]),
             "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in headers],
             # Only gRPC has any.
             "trailers": any(key.lower() == "content-type" and _GRPC.match(value) for key, value in headers),
