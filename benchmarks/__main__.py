@@ -8,7 +8,7 @@ import platform
 
 import grpc
 
-from benchmarks import grpc_sync, importing, measuring, sources
+from benchmarks import connect, grpc_aio, grpc_sync, importing, measuring, sources
 
 
 def main() -> None:
@@ -17,9 +17,13 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print(f"CPython {platform.python_version()}, grpcio {grpc.__version__}, {os.cpu_count()} CPUs")
     print("ratios: median [interquartile range] over paired rounds; 1 is metadata passed by hand")
-    with measuring.serving() as targets:
-        grpc_sync.unary(targets, rounds * 5, 60)
-        grpc_sync.streams(targets, rounds, 2000)
+    with measuring.serving() as (plain, local, url):
+        grpc_sync.unary(plain, local, rounds * 5, 60)
+        grpc_sync.streams(plain, rounds, 2000)
+        grpc_aio.unary(plain, rounds * 4, 60)
+        grpc_aio.streams(plain, rounds, 1000)
+        connect.unary(url, rounds * 4, 40)
+        connect.unary_async(url, rounds * 4, 40)
     sources.fresh(7, 64 * 3000)
     importing.over_grpc(7)
 

@@ -41,8 +41,7 @@ class GoogleCredentials(google.auth.credentials.Credentials):
         raise AssertionError
 
 
-def unary(targets: tuple[str, str], rounds: int, calls: int) -> None:
-    plain, local = targets
+def unary(plain: str, local: str, rounds: int, calls: int) -> None:
     source = StaticTokenSource(TOKEN)
     request = heartbeat_pb2.HeartbeatRequest(session_id="bench", agent="bench", sequence=1)
     local_credentials = grpc.local_channel_credentials()
@@ -87,9 +86,8 @@ def unary(targets: tuple[str, str], rounds: int, calls: int) -> None:
     print(row("  the plugin over local, by hand", on_local))
 
 
-def streams(targets: tuple[str, str], rounds: int, messages: int) -> None:
-    plain, _ = targets
-    with grpc.insecure_channel(plain) as by_hand:
+def streams(target: str, rounds: int, messages: int) -> None:
+    with grpc.insecure_channel(target) as by_hand:
         ours = intercept_channel(by_hand, StaticTokenSource(TOKEN))
         print(f"\ngrpc sync, streams ({rounds} rounds of {messages} messages): messages per second, of by hand's")
         for label, call in (("server stream", watch), ("client stream", ingest), ("bidirectional stream", converse)):

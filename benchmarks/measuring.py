@@ -12,15 +12,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def serving() -> Iterator[tuple[str, str]]:
-    """The targets of the server process: plain text, and local credentials."""
+def serving() -> Iterator[tuple[str, str, str]]:
+    """The targets of the server process: gRPC in plain text and with local credentials, and the URL for Connect."""
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        plain, local = process.stdout.readline().split()
+        plain, local, url = process.stdout.readline().split()
         try:
-            yield f"127.0.0.1:{plain}", f"127.0.0.1:{local}"
+            yield f"127.0.0.1:{plain}", f"127.0.0.1:{local}", url
         finally:
             assert process.stdin is not None
             process.stdin.close()

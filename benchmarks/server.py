@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
+from interceptors.testing import FakeServer
 
 
 class Heartbeats(heartbeat_pb2_grpc.HeartbeatServiceServicer):
@@ -35,8 +36,9 @@ def main() -> None:
     plain = server.add_insecure_port("127.0.0.1:0")
     local = server.add_secure_port("127.0.0.1:0", grpc.local_server_credentials())
     server.start()
-    print(plain, local, flush=True)
-    sys.stdin.read()
+    with FakeServer(verify=lambda _: None) as connect:
+        print(plain, local, connect.url, flush=True)
+        sys.stdin.read()
     server.stop(None)
 
 

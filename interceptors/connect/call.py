@@ -1,4 +1,4 @@
-"""What the sync and the async flavour have in common, without I/O: a call's dealings with its context and its source."""
+"""What the sync and the async flavour have in common, without I/O: a call's dealings with its context and source."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from connectrpc.errors import ConnectError
 
 from interceptors import replay
 from interceptors.call import Call, Failure, Send, deadline_of
-from interceptors.tokens import AUTHORIZATION
+from interceptors.connect.challenges import challenges_of
 
 if TYPE_CHECKING:
-    from contextvars import ContextVar
+    from collections.abc import Iterable
 
     from connectrpc.request import RequestContext
 
@@ -27,7 +27,6 @@ _GRPC_TIMEOUT: Final = "grpc-timeout"
 _GRPC_TIMEOUT_UNITS: Final = (("m", 1), ("S", 1000), ("M", 60 * 1000), ("H", 60 * 60 * 1000))
 _GRPC_TIMEOUT_DIGITS: Final = 8
 
-_WWW_AUTHENTICATE: Final = "www-authenticate"
 _INSUFFICIENT_SCOPE: Final = re.compile(r'(?:^|[\s,])error\s*=\s*"?insufficient_scope(?:$|["\s,])', re.IGNORECASE)
 
 
@@ -39,69 +38,33 @@ class Requests(Protocol):
 
 
 class ConnectCall:
-    """One call of a Connect client. `with call.carrying(token):` is around the sending of an attempt.
+    """One call of a Connect client; made when more has to be done than to send a fresh token.
 
     Args:
         source: Where tokens come from.
         ctx: The call's, which its attempts share.
     """
 
-    __slots__ = ("_core", "_ctx", "_earlier", "_own", "_refusal", "_response", "_source", "_token")
+    __slots__ = ("_ctx", "_refusal", "core")
 
     def __init__(self, source: TokenSource, ctx: RequestContext[Any, Any]) -> None:
-        self._source = source
         self._ctx = ctx
-        self._core: Call | None = None
-
-    @property
-    def core(self) -> Call:
-        """The call's dealings with its source; a call with a fresh token that is not refused has none."""
-        if self._core is None:
-            timeout_ms = self._ctx.timeout_ms
-            self._core = Call(self._source, deadline_of(None if timeout_ms is None else timeout_ms / 1000))
-        return self._core
-
-    # An attempt
-
-    def carrying(self, token: Token) -> ConnectCall:
-        """The context in which an attempt is sent with `token`, up to its end or its first response."""
-        self._token = token
-        return self
-
-    def __enter__(self) -> None:
-        # Set, not added: an attempt carries exactly one.
-        self._ctx.request_headers[AUTHORIZATION] = self._token.header
-        # A ConnectError carries no headers, so the refusal's are heard on the caller's ResponseMetadata or one of ours.
-        response = _present_response.get(None)
-        if response is None:
-            self._own: ResponseMetadata | None = ResponseMetadata()
-            self._response = self._own.__enter__()
-            self._earlier = 0
-        else:
-            self._own = None
-            self._response = response
-            # Trailers of several calls pile up in it.
-            self._earlier = len(response.trailers.getall(_WWW_AUTHENTICATE))
-
-    def __exit__(self, *_: object) -> None:
-        if self._own is not None:
-            self._own.__exit__(None, None, None)
-        # Left there, the token would show in others' logs, and pass for the caller's own if they make the call again.
-        self._ctx.request_headers.pop(AUTHORIZATION, None)
-
-    # What comes of it
+        self._refusal: ConnectError | None = None
+        # The context counts down by itself, so this is right however late it comes.
+        timeout_ms = ctx.timeout_ms
+        self.core = Call(source, deadline_of(None if timeout_ms is None else timeout_ms / 1000))
 
     def first(self, answer: Token | BaseException) -> Token:
         """The token for the first attempt, after waiting for the source; raises the error that the caller gets."""
         return self._to_send(self.core.begin(answer))
 
-    def refused(self, error: ConnectError, requests: Requests | None) -> bool:
+    def refused(self, token: Token, error: ConnectError, requests: Requests | None) -> bool:
         """Whether an attempt that ended with `error`, before any response, is followed by another one."""
-        if not self._is_refusal(error):
+        if not _is_refusal(error):
             self.passed()
             return False
-        if self.core.refused(self._token, replayable=requests is None or requests.rewind()):
-            self._refusal: ConnectError | None = error
+        if self.core.refused(token, replayable=requests is None or requests.rewind()):
+            self._refusal = error
             return True
         return False
 
@@ -123,28 +86,18 @@ class ConnectCall:
 
     def passed(self) -> None:
         """The attempt got past authentication."""
-        if self._core is not None:
-            self._core.passed()
+        self.core.passed()
 
-    def ended(self, error: ConnectError) -> None:
+    def ended(self, token: Token, error: ConnectError) -> None:
         """The call ended with `error` after its first response."""
-        if self._is_refusal(error):
-            self.core.refused(self._token, replayable=False)
+        if _is_refusal(error):
+            self.core.refused(token, replayable=False)
 
     def _to_send(self, decision: Send | Failure) -> Token:
         if isinstance(decision, Failure):
             raise _error(decision) from decision.cause
         self._say_what_is_left()
         return decision.token
-
-    def _is_refusal(self, error: ConnectError) -> bool:
-        if error.code is not Code.UNAUTHENTICATED:
-            return False
-        # Another token would have the same scope (RFC 6750 section 3.1).
-        response = self._response
-        challenges = response.headers.getall(_WWW_AUTHENTICATE)
-        challenges = [*challenges, *response.trailers.getall(_WWW_AUTHENTICATE)[self._earlier :]]
-        return not any(_INSUFFICIENT_SCOPE.search(challenge) for challenge in challenges)
 
     def _say_what_is_left(self) -> None:
         """Corrects the timeout header, which was written when the call began."""
@@ -158,10 +111,11 @@ class ConnectCall:
 
     def _forget_response(self) -> None:
         """Takes the refusal's headers and trailers out of everything that the caller can see."""
-        response = self._response
-        response.headers.clear()
-        response.trailers.clear()
-        response._http_status = None  # noqa: SLF001 - there is no other way; it matters if no second response comes
+        response = _callers_response()
+        if response is not None:
+            response.headers.clear()
+            response.trailers.clear()
+            response._http_status = None  # noqa: SLF001 - there is no other way; it matters if no second response comes
         self._ctx.response_headers.clear()
         self._ctx.response_trailers.clear()
 
@@ -188,9 +142,14 @@ def _error(failure: Failure) -> ConnectError:
     return ConnectError(Code[failure.code], said)
 
 
-def _variable_of_present_response() -> ContextVar[ResponseMetadata]:
-    with ResponseMetadata() as probe:
-        return next(variable for variable, value in copy_context().items() if value is probe)
+def _is_refusal(error: ConnectError) -> bool:
+    # Another token would have the same scope (RFC 6750 section 3.1).
+    return error.code is Code.UNAUTHENTICATED and not any(
+        _INSUFFICIENT_SCOPE.search(challenge) for challenge in challenges_of(error)
+    )
 
 
-_present_response: Final = _variable_of_present_response()
+def _callers_response() -> ResponseMetadata | None:
+    """The innermost ResponseMetadata that the call is made in."""
+    present: Iterable[object] = copy_context().values()
+    return next((value for value in present if isinstance(value, ResponseMetadata)), None)

@@ -9,6 +9,7 @@ from connectrpc.code import Code
 from connectrpc.errors import ConnectError
 
 from interceptors.connect.call import ConnectCall
+from interceptors.tokens import AUTHORIZATION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,20 +33,29 @@ async def single(
     requests: AsyncReplayableRequests[Any, Any] | None,
 ) -> RES:
     """Makes a call that has one response. `requests`, if given, are sent instead of `request`."""
-    call = ConnectCall(source, ctx)
+    call: ConnectCall | None = None
+    headers = ctx.request_headers
     try:
         token = source.peek()
         if token is None:
+            call = ConnectCall(source, ctx)
             token = call.first(await _ask(call))
         while True:
+            # Set, not added: an attempt carries exactly one.
+            headers[AUTHORIZATION] = token.header
             try:
-                with call.carrying(token):
-                    response = await call_next(request if requests is None else requests.attempt(), ctx)
-                call.passed()
-                return response
+                response = await call_next(request if requests is None else requests.attempt(), ctx)
             except ConnectError as error:
-                if not call.refused(error, requests):
+                call = call or ConnectCall(source, ctx)
+                if not call.refused(token, error, requests):
                     raise
+            else:
+                if call is not None:
+                    call.passed()
+                return response
+            finally:
+                # Left there, it would show in others' logs, and pass for the caller's own if the call is made again.
+                headers.pop(AUTHORIZATION, None)
             token = call.again(await _ask(call))
     finally:
         if requests is not None:
@@ -61,20 +71,23 @@ async def stream(
 ) -> AsyncIterator[RES]:
     """Makes a call that has a stream of responses; as a plain one, it begins when the first one is asked for."""
     call = ConnectCall(source, ctx)
+    headers = ctx.request_headers
     responses: AsyncIterator[RES] | None = None
     try:
         token = source.peek()
         if token is None:
             token = call.first(await _ask(call))
         while True:
+            headers[AUTHORIZATION] = token.header
             try:
-                with call.carrying(token):
-                    responses = aiter(call_next(request if requests is None else requests.attempt(), ctx))
-                    first: Any = await anext(responses, _END)
+                responses = aiter(call_next(request if requests is None else requests.attempt(), ctx))
+                first: Any = await anext(responses, _END)
                 break
             except ConnectError as error:
-                if not call.refused(error, requests):
+                if not call.refused(token, error, requests):
                     raise
+            finally:
+                headers.pop(AUTHORIZATION, None)
             await _close(responses)
             token = call.again(await _ask(call))
         call.passed()
@@ -88,7 +101,7 @@ async def stream(
             async for response in responses:
                 yield response
         except ConnectError as error:
-            call.ended(error)
+            call.ended(token, error)
             raise
     finally:
         try:

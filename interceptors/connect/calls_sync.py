@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from connectrpc.errors import ConnectError
 
 from interceptors.connect.call import ConnectCall
+from interceptors.tokens import AUTHORIZATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,20 +30,29 @@ def single(
     requests: ReplayableRequests[Any, Any] | None,
 ) -> RES:
     """Makes a call that has one response. `requests`, if given, are sent instead of `request`."""
-    call = ConnectCall(source, ctx)
+    call: ConnectCall | None = None
+    headers = ctx.request_headers
     try:
         token = source.peek()
         if token is None:
+            call = ConnectCall(source, ctx)
             token = call.first(call.core.ask())
         while True:
+            # Set, not added: an attempt carries exactly one.
+            headers[AUTHORIZATION] = token.header
             try:
-                with call.carrying(token):
-                    response = call_next(request if requests is None else requests.attempt(), ctx)
-                call.passed()
-                return response
+                response = call_next(request if requests is None else requests.attempt(), ctx)
             except ConnectError as error:
-                if not call.refused(error, requests):
+                call = call or ConnectCall(source, ctx)
+                if not call.refused(token, error, requests):
                     raise
+            else:
+                if call is not None:
+                    call.passed()
+                return response
+            finally:
+                # Left there, it would show in others' logs, and pass for the caller's own if the call is made again.
+                headers.pop(AUTHORIZATION, None)
             token = call.again(call.core.ask())
     finally:
         if requests is not None:
@@ -58,20 +68,23 @@ def stream(
 ) -> Iterator[RES]:
     """Makes a call that has a stream of responses; as a plain one, it begins when the first one is asked for."""
     call = ConnectCall(source, ctx)
+    headers = ctx.request_headers
     responses: Iterator[RES] | None = None
     try:
         token = source.peek()
         if token is None:
             token = call.first(call.core.ask())
         while True:
+            headers[AUTHORIZATION] = token.header
             try:
-                with call.carrying(token):
-                    responses = iter(call_next(request if requests is None else requests.attempt(), ctx))
-                    first: Any = next(responses, _END)
+                responses = iter(call_next(request if requests is None else requests.attempt(), ctx))
+                first: Any = next(responses, _END)
                 break
             except ConnectError as error:
-                if not call.refused(error, requests):
+                if not call.refused(token, error, requests):
                     raise
+            finally:
+                headers.pop(AUTHORIZATION, None)
             _close(responses)
             token = call.again(call.core.ask())
         call.passed()
@@ -84,7 +97,7 @@ def stream(
             del first
             yield from responses
         except ConnectError as error:
-            call.ended(error)
+            call.ended(token, error)
             raise
     finally:
         try:

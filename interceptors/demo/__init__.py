@@ -9,22 +9,28 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from interceptors import MemoryStore, OidcClient, RefreshingTokenSource, StaticTokenSource
-from interceptors.demo import sessions
 from interceptors.demo.mishaps import Mishaps
 from interceptors.demo.record import Record
 from interceptors.demo.report import Progress, closing_table
+from interceptors.demo.sessions import flavours as those_there_are
+from interceptors.demo.sessions import session
 from interceptors.testing import FakeIssuer, FakeServer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from interceptors import Session, TokenSource
 
 TOKEN_SECONDS = 4.0
 
 
-def run(seconds: float, *, without: bool) -> int:
-    """Runs the session for `seconds`; returns 1 if a call was lost or doubled, else 0."""
+def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
+    """Runs a session of so many seconds in each of the `flavours` (default: all).
+
+    Returns the exit code: 1 if anything was lost or doubled, else 0.
+    """
     console = Console()
-    chosen = list(sessions.FLAVOURS)
+    chosen = dict.fromkeys(flavours or those_there_are())
     with FakeIssuer(access_token_lifetime=TOKEN_SECONDS) as issuer, FakeServer(issuer, max_workers=128) as server:
         record = Record()
         client = OidcClient(issuer.url, issuer.client_id, timeout=2.0)
@@ -42,8 +48,8 @@ def run(seconds: float, *, without: bool) -> int:
             )
             stop = threading.Event()
             threads = [
-                threading.Thread(target=sessions.FLAVOURS[name], args=(server.target, source, record, stop), name=name)
-                for name in chosen
+                threading.Thread(target=session, args=(flavour, server, source, record, stop), name=flavour)
+                for flavour in chosen
             ]
             for thread in threads:
                 thread.start()

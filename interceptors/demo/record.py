@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from interceptors.testing.services import ServedCall
+    from interceptors.testing.attempts import ServedCall
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Record:
         for call in served:
             for message in call.messages:
                 executed[message.event.event_id if hasattr(message, "event") else message.session_id] += 1
-        kinds = dict.fromkeys(self._sent.values())
+        kinds = sorted(set(self._sent.values()))
         outcome = []
         for kind in kinds:
             counts = [executed[identifier] for identifier, of in self._sent.items() if of == kind]

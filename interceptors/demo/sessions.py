@@ -1,77 +1,92 @@
-"""The session itself, in each flavour: heartbeats, unary events, an upload, and a conversation."""
+"""The session itself: heartbeats, events, uploads and a conversation at the same time, on threads or on tasks."""
 
 from __future__ import annotations
 
-import queue
+import asyncio
 import threading
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from interceptors import authenticated_channel
-from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from interceptors import TokenSource
+    from interceptors.demo.calls import Calls
     from interceptors.demo.record import Record
+    from interceptors.testing import FakeServer
 
-_PAUSE: Final = 0.05
+_PAUSE_SECONDS: Final = 0.1
 _BATCH: Final = 20
-_DEADLINE: Final = 10.0
+
+_GRPC: Final = ("grpc", "aio")
+_CONNECT: Final = ("connect", "connect-aio")
 
 
-def _event(identifier: str) -> event_pb2.HookEvent:
-    return event_pb2.HookEvent(event_id=identifier, hook_event_name="PreToolUse", tool_name="Read", tool_input=b"{}")
+def flavours() -> tuple[str, ...]:
+    """Those that can be shown: Connect needs a server that speaks it."""
+    return (*_GRPC, *_CONNECT) if find_spec("hypercorn") is not None else _GRPC
 
 
-def grpc_session(target: str, source: TokenSource, record: Record, stop: threading.Event) -> None:
-    """The grpc sync flavour: several threads over one channel."""
-    with authenticated_channel(target, source) as channel:
-        heartbeats = heartbeat_pb2_grpc.HeartbeatServiceStub(channel)
-        events = event_pb2_grpc.EventServiceStub(channel)
+def session(flavour: str, server: FakeServer, source: TokenSource, record: Record, stop: threading.Event) -> None:
+    """Makes calls of one flavour until `stop` is set and the last of them has ended."""
+    from interceptors.demo import calls
 
-        def heartbeat() -> None:
+    if flavour == "grpc":
+        with calls.GrpcCalls(server, source) as grpc_calls:
+            _on_threads(_acts(flavour, grpc_calls, record), record, stop)
+    elif flavour == "connect":
+        with calls.ConnectCalls(server, source) as connect_calls:
+            _on_threads(_acts(flavour, connect_calls, record), record, stop)
+    else:
+        kind = calls.AioCalls if flavour == "aio" else calls.ConnectAioCalls
+        asyncio.run(_async_session(flavour, kind, server, source, record, stop))
+
+
+async def _async_session(
+    flavour: str, kind: Any, server: FakeServer, source: TokenSource, record: Record, stop: threading.Event
+) -> None:
+    async with kind(server, source) as calls:
+        await _on_tasks(_acts(flavour, calls, record), record, stop)
+
+
+def _acts(flavour: str, calls: Calls, record: Record) -> list[Callable[[], Any]]:
+    """What is done again and again, each by a worker of its own."""
+
+    def heartbeat() -> Any:
+        return calls.heartbeat(record.new_id(f"{flavour}: heartbeat"))
+
+    def event() -> Any:
+        return calls.event(record.new_id(f"{flavour}: unary event"))
+
+    def upload() -> Any:
+        return calls.upload([record.new_id(f"{flavour}: uploaded event") for _ in range(_BATCH)])
+
+    def converse() -> Any:
+        return calls.converse([lambda: record.new_id(f"{flavour}: conversation")] * _BATCH)
+
+    return [heartbeat, heartbeat, event, event, upload, converse]
+
+
+def _on_threads(acts: list[Callable[[], Any]], record: Record, stop: threading.Event) -> None:
+    def again_and_again(act: Callable[[], Any]) -> None:
+        while not stop.wait(_PAUSE_SECONDS):
             with record.calling():
-                identifier = record.new_id("grpc heartbeat")
-                heartbeats.Heartbeat(heartbeat_pb2.HeartbeatRequest(session_id=identifier), timeout=_DEADLINE)
-
-        def event() -> None:
-            with record.calling():
-                request = event_pb2.ProcessHookEventRequest(event=_event(record.new_id("grpc unary event")))
-                events.ProcessHookEvent(request, timeout=_DEADLINE)
-
-        def future() -> None:
-            with record.calling():
-                request = event_pb2.ProcessHookEventRequest(event=_event(record.new_id("grpc future event")))
-                events.ProcessHookEvent.future(request, timeout=_DEADLINE).result()
-
-        def upload() -> None:
-            identifiers = [record.new_id("grpc uploaded event") for _ in range(_BATCH)]
-            with record.calling():
-                requests = (event_pb2.IngestEventsRequest(event=_event(identifier)) for identifier in identifiers)
-                events.IngestEvents(requests, timeout=_DEADLINE)
-
-        def converse() -> None:
-            with record.calling():
-                said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-                answers = events.StreamHookEvents(iter(said.get, None), timeout=_DEADLINE)
-                for _ in range(_BATCH):
-                    said.put(event_pb2.StreamHookEventsRequest(event=_event(record.new_id("grpc conversation"))))
-                    next(answers)
-                said.put(None)
-                for _ in answers:
-                    pass
-
-        def again_and_again(act: Callable[[], None]) -> None:
-            while not stop.wait(_PAUSE):
                 act()
 
-        workers = [heartbeat, heartbeat, event, event, future, upload, converse]
-        threads = [threading.Thread(target=again_and_again, args=(act,)) for act in workers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=again_and_again, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-FLAVOURS: Final[dict[str, Callable[[str, TokenSource, Record, threading.Event], None]]] = {"grpc": grpc_session}
+async def _on_tasks(acts: list[Callable[[], Awaitable[Any]]], record: Record, stop: threading.Event) -> None:
+    async def again_and_again(act: Callable[[], Awaitable[Any]]) -> None:
+        while not stop.is_set():
+            await asyncio.sleep(_PAUSE_SECONDS)
+            with record.calling():
+                await act()
+
+    async with asyncio.TaskGroup() as group:
+        for act in acts:
+            group.create_task(again_and_again(act))

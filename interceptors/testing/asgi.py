@@ -46,8 +46,9 @@ def routed(applications: Mapping[str, Application]) -> Application:
 def drained(application: Application) -> Application:
     """Takes in what a client still sends when it has been answered already, as a refused client stream does.
 
-    Hypercorn forgets a stream when its response ends, and breaks the whole connection when more of the request comes. So the end is withheld until the request's: of trailers more are announced, and of a body a last, empty part.
-    The client knows by the message that ends a stream in each protocol.
+    Hypercorn forgets a stream when its response ends, and breaks the whole connection when more of the request comes.
+    So the end is withheld until the request's: of trailers more are announced, and of a body a last, empty part. The
+    client knows by the message that ends a stream in each protocol.
     """
 
     async def drain(scope: Scope, receive: Receive, send: Send) -> None:

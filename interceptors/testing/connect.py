@@ -1,7 +1,7 @@
 """The fake services over Connect: an ASGI and a WSGI application, served by Hypercorn on a thread.
 
-Hypercorn, because it runs within the process that asks what was recorded, starts in milliseconds, and speaks HTTP/2 with
-trailers and both directions at once.
+Hypercorn, because it runs within the process that asks what was recorded, starts in milliseconds, and speaks HTTP/2
+with trailers and both directions at once.
 """
 
 from __future__ import annotations
@@ -73,18 +73,25 @@ class ConnectServer:
         config.keep_alive_max_requests = 10**9
         config.h2_max_concurrent_streams = 1000
         config.errorlog = logging.getLogger("interceptors.testing")
+        self._loop.set_exception_handler(_report)
         pool = ThreadPoolExecutor(self._max_workers, thread_name_prefix="fake-server-connect")
         self._loop.set_default_executor(pool)
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(serve(self._app, config, shutdown_trigger=self._stopping.wait))  # type: ignore[arg-type]
 
 
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # Before 3.12, asyncio complains of each connection that is cancelled when the server stops.
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
+
+
 def _application(services: Services) -> Any:
-    sync = [
+    sync: list[Any] = [
         heartbeat_connect.HeartbeatServiceWSGIApplication(_SyncHeartbeats(services)),
         event_connect.EventServiceWSGIApplication(_SyncEvents(services)),
     ]
-    asynchronous = [
+    asynchronous: list[Any] = [
         heartbeat_connect.HeartbeatServiceASGIApplication(_Heartbeats(services)),
         event_connect.EventServiceASGIApplication(_Events(services)),
     ]

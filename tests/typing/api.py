@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, assert_type
 
 import grpc
+import grpc.aio
 
 from interceptors import (
+    ConnectBearerInterceptor,
     StaticTokenSource,
     Token,
+    aio_bearer_interceptors,
     authenticated_channel,
     intercept_channel,
     intercept_stub,
 )
+from interceptors.gen.kontext.agent.v1.heartbeat_connect import HeartbeatServiceClient, HeartbeatServiceClientSync
 
 if TYPE_CHECKING:
     from interceptors.gen.kontext.agent.v1.heartbeat_pb2_grpc import HeartbeatServiceStub
@@ -23,6 +27,17 @@ source = StaticTokenSource("t")
 def a_sync_channel_stays_one(channel: grpc.Channel) -> None:
     assert_type(intercept_channel(channel, source), grpc.Channel)
     assert_type(authenticated_channel("localhost:1", source), grpc.Channel)
+
+
+def an_aio_channel_stays_one(channel: grpc.aio.Channel) -> None:
+    assert_type(intercept_channel(channel, source), grpc.aio.Channel)
+    assert_type(authenticated_channel("localhost:1", source, aio=True), grpc.aio.Channel)
+    grpc.aio.insecure_channel("localhost:1", interceptors=aio_bearer_interceptors(source))
+
+
+def connect_clients_take_the_interceptor() -> None:
+    HeartbeatServiceClient("http://localhost:1", interceptors=[ConnectBearerInterceptor(source)])
+    HeartbeatServiceClientSync("http://localhost:1", interceptors=[ConnectBearerInterceptor(source)])
 
 
 def a_stub_keeps_its_type(stub: HeartbeatServiceStub) -> None:
