@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from interceptors.source import CallableTokenSource, StaticTokenSource, TokenSource
     from interceptors.stores.base import SessionStore
     from interceptors.stores.file import FileStore
+    from interceptors.stores.keyring import KeyringStore
     from interceptors.stores.memory import MemoryStore
+    from interceptors.stores.redis import RedisStore
     from interceptors.tokens import Token
 
 __all__ = [
@@ -26,9 +28,11 @@ __all__ = [
     "CallableTokenSource",
     "ConnectBearerInterceptor",
     "FileStore",
+    "KeyringStore",
     "LoginRequired",
     "MemoryStore",
     "OidcClient",
+    "RedisStore",
     "RefreshError",
     "RefreshingTokenSource",
     "Session",
@@ -51,9 +55,11 @@ _MODULES: Final = {
     "CallableTokenSource": "source",
     "ConnectBearerInterceptor": "connect.interceptor",
     "FileStore": "stores.file",
+    "KeyringStore": "stores.keyring",
     "LoginRequired": "errors",
     "MemoryStore": "stores.memory",
     "OidcClient": "oidc.client",
+    "RedisStore": "stores.redis",
     "RefreshError": "errors",
     "RefreshingTokenSource": "refreshing",
     "Session": "session",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
-import threading
 import time
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from interceptors.errors import RefreshError
-from interceptors.waiting import settle
+from interceptors.timelimit import in_time
 
 if TYPE_CHECKING:
     import ssl
@@ -63,21 +61,13 @@ def request(
         NotNow: The answer says to try again later (429, 5xx).
         RefreshError: The answer is too large, or `url` cannot be asked.
     """
-    answer: Future[Response] = Future()
     connections: list[socket.socket] = []
-
-    def exchange() -> None:
-        try:
-            content = _exchange(method, url, timeout, body, {**_HEADERS, **(headers or {})}, connections)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
-            settle(answer, error)
-        else:
-            settle(answer, content)
-
-    # httpx bounds each read, not their sum; so the exchange has a thread that can be left behind.
-    threading.Thread(target=exchange, name="interceptors-http", daemon=True).start()
+    all_headers = {**_HEADERS, **(headers or {})}
     try:
-        response = answer.result(timeout)
+        # httpx bounds each read, not their sum.
+        response = in_time(
+            lambda: _exchange(method, url, timeout, body, all_headers, connections), timeout, "interceptors-http"
+        )
     except TimeoutError:
         for connection in connections:
             # It wakes the thread. Closing would free the descriptor's number while the thread still reads from it.

@@ -15,7 +15,6 @@ class SessionStore(ABC):
     """Keeps one session. Thread-safe.
 
     A session is saved whole: a reader sees the old one or the new one, also if the writer dies at any point.
-    `interceptors.testing.store_contract` tests a store of your own.
     """
 
     @abstractmethod

@@ -1,0 +1,206 @@
+"""A session in the system's keyring: the Keychain, the Credential Manager, the Secret Service."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from interceptors.errors import LOGIN_HINT, StoreError
+from interceptors.stores import format as session_format
+from interceptors.stores.base import SessionStore
+from interceptors.stores.locks import file_lock
+from interceptors.stores.memory import check_session
+from interceptors.timelimit import in_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from interceptors.session import Session
+
+T = TypeVar("T")
+
+# Windows' Credential Manager keeps 2,560 bytes of UTF-16 in a secret.
+_LONGEST_SECRET: Final = 1280
+_GENERATIONS: Final = ("a", "b")
+_NO_KEYRING: Final = "use FileStore(path), or '--store file' on the command line, on machines without one"
+
+
+class KeyringStore(SessionStore):
+    """Keeps a session in the system's keyring, where only the person who has logged in can read it.
+
+    Every access, also for reading, is made under a lock file, as keyrings do not bear several processes at once, and
+    within a time limit, as a locked one may wait for a person for ever. Use `FileStore` where there is no keyring.
+
+    Args:
+        profile: Which session: one for each issuer, client and account that are used side by side.
+        service: The name that the keyring shows.
+        timeout: The longest that one access may take, in seconds.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be.
+    """
+
+    def __init__(self, profile: str = "default", *, service: str = "interceptors", timeout: float = 10.0) -> None:
+        for name, value in (("profile", profile), ("service", service)):
+            if not isinstance(value, str):
+                msg = f"{name} must be a str, not {type(value).__name__}"
+                raise TypeError(msg)
+            if not value or not value.isprintable():
+                msg = f"{name} must not be empty and must be printable, it is {value!r}"
+                raise ValueError(msg)
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            msg = f"timeout must be a number of seconds, not {type(timeout).__name__}"
+            raise TypeError(msg)
+        if not 0 < timeout < float("inf"):
+            msg = f"timeout must be a positive number of seconds, not {timeout}"
+            raise ValueError(msg)
+        self._profile = profile
+        self._service = service
+        self._timeout = timeout
+
+    def load(self) -> Session | None:
+        """See `SessionStore.load`."""
+        content = self._access(self._read)
+        return None if content is None else session_format.loads(content, str(self), self._remedy)
+
+    def save(self, session: Session) -> None:
+        """See `SessionStore.save`."""
+        check_session(session)
+        content = session_format.dumps(session)
+        self._access(lambda keyring: self._write(keyring, content))
+
+    def clear(self) -> None:
+        """See `SessionStore.clear`."""
+        self._access(self._remove)
+
+    def lock(self, timeout: float | None = None) -> AbstractContextManager[None]:
+        """See `SessionStore.lock`: between threads and processes of this machine, through a file."""
+        # The file's name says nothing of whose session it is.
+        digest = hashlib.sha256(f"{self._service}\0{self._profile}".encode()).hexdigest()[:16]
+        return file_lock(_state_directory() / f"session-{digest}.lock", timeout, f"the session in {self}")
+
+    def __repr__(self) -> str:
+        return f"KeyringStore({self._profile!r}, service={self._service!r})"
+
+    def __str__(self) -> str:
+        return f"the keyring (service {self._service}, profile {self._profile})"
+
+    @property
+    def _remedy(self) -> str:
+        return f"run 'interceptors logout', or remove the keyring's entries of {self._service}; then {LOGIN_HINT}"
+
+    # One access at a time, in time
+
+    def _access(self, act: Callable[[Any], T]) -> T:
+        def work() -> T:
+            import keyring
+            import keyring.errors
+
+            try:
+                _check(keyring.get_keyring())
+                return act(keyring)
+            except keyring.errors.NoKeyringError:
+                msg = f"this machine has no keyring: {_NO_KEYRING}"
+                raise StoreError(msg) from None
+            except keyring.errors.KeyringLocked:
+                msg = f"{self} is locked: unlock it, or {_NO_KEYRING}"
+                raise StoreError(msg) from None
+
+        with file_lock(_state_directory() / "keyring.lock", self._timeout, str(self)):
+            try:
+                return in_time(work, self._timeout, "interceptors-keyring")
+            except StoreError:
+                raise
+            except TimeoutError:
+                msg = (
+                    f"{self} did not answer within {self._timeout:g} s: unlock it, or answer its prompt; "
+                    f"or {_NO_KEYRING}"
+                )
+                raise StoreError(msg) from None
+            except Exception as error:
+                # No bus, no daemon, a dismissed prompt: each back end has errors of its own.
+                why = type(error).__name__
+                msg = f"{self} cannot be used ({why}): see that it is running and unlocked, or {_NO_KEYRING}"
+                raise StoreError(msg) from error
+
+    # How a session is spread over secrets. The index, written last, says which parts make it up; the parts of the
+    # session before are still there until then.
+
+    def _read(self, keyring: Any) -> str | None:
+        index = keyring.get_password(self._service, self._profile)
+        if index is None:
+            return None
+        generation, count, digest = _parse(index)
+        if generation is None:
+            return str(index)
+        parts = [keyring.get_password(self._service, self._part(generation, i)) for i in range(count)]
+        content = "".join(part or "" for part in parts)
+        if hashlib.sha256(content.encode()).hexdigest() != digest:
+            msg = f"the session in {self} cannot be read, it is damaged: {self._remedy}"
+            raise StoreError(msg)
+        return content
+
+    def _write(self, keyring: Any, content: str) -> None:
+        present, _, _ = _parse(keyring.get_password(self._service, self._profile))
+        if len(content) <= _LONGEST_SECRET:
+            keyring.set_password(self._service, self._profile, content)
+            generation, count = None, 0
+        else:
+            generation = _GENERATIONS[1] if present == _GENERATIONS[0] else _GENERATIONS[0]
+            parts = [content[i : i + _LONGEST_SECRET] for i in range(0, len(content), _LONGEST_SECRET)]
+            for i, part in enumerate(parts):
+                keyring.set_password(self._service, self._part(generation, i), part)
+            count = len(parts)
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            index = {"version": session_format.VERSION, "parts": [generation, count, digest]}
+            keyring.set_password(self._service, self._profile, json.dumps(index))
+        for each in _GENERATIONS:
+            self._remove_parts(keyring, each, count if each == generation else 0)
+
+    def _remove(self, keyring: Any) -> None:
+        if keyring.get_password(self._service, self._profile) is not None:
+            keyring.delete_password(self._service, self._profile)
+        for generation in _GENERATIONS:
+            self._remove_parts(keyring, generation, 0)
+
+    def _remove_parts(self, keyring: Any, generation: str, first: int) -> None:
+        while keyring.get_password(self._service, self._part(generation, first)) is not None:
+            keyring.delete_password(self._service, self._part(generation, first))
+            first += 1
+
+    def _part(self, generation: str, i: int) -> str:
+        return f"{self._profile}\t{generation}{i}"
+
+
+def _parse(index: str | None) -> tuple[str | None, int, str]:
+    """Which parts an entry speaks of; (None, 0, "") if it is a session itself, or what only `loads` can judge."""
+    try:
+        document = json.loads(index or "")
+        generation, count, digest = document["parts"]
+    except (ValueError, TypeError, KeyError):
+        return None, 0, ""
+    if document.get("version") != session_format.VERSION or generation not in _GENERATIONS:
+        return None, 0, ""
+    if not isinstance(count, int) or not isinstance(digest, str):
+        return None, 0, ""
+    return generation, min(count, 10_000), digest
+
+
+def _check(backend: Any) -> None:
+    """Raises StoreError if `backend` keeps nothing, or in plain text that nobody has asked for."""
+    backends = list(getattr(backend, "backends", [backend]))
+    if not backends or type(backends[0]).__module__ in {"keyring.backends.fail", "keyring.backends.null"}:
+        msg = f"this machine has no keyring: {_NO_KEYRING}"
+        raise StoreError(msg)
+    if type(backends[0]).__name__ == "PlaintextKeyring":
+        msg = f"the keyring of this machine keeps secrets in plain text, and not safely: {_NO_KEYRING}"
+        raise StoreError(msg)
+
+
+def _state_directory() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("interceptors"))

@@ -1,0 +1,38 @@
+"""Work that its library does not bound in time: on a thread that can be left behind."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
+
+from interceptors.waiting import settle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def in_time(work: Callable[[], T], seconds: float, name: str) -> T:
+    """What `work()` returns or raises, if it ends within `seconds`; else it goes on by itself, on a thread `name`.
+
+    Raises:
+        TimeoutError: It did not end in time.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is awaited
+            settle(outcome, error)
+        else:
+            settle(outcome, result)
+
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except RuntimeError:
+        # From Python 3.12 on, no thread can be started while the interpreter shuts down.
+        return work()
+    return outcome.result(seconds)
