@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from interceptors.announcing import announce_refresh
     from interceptors.channels import authenticated_channel, intercept_channel, intercept_stub
     from interceptors.connect.interceptor import ConnectBearerInterceptor
     from interceptors.errors import AuthError, LoginRequired, RefreshError, StoreError
     from interceptors.grpc_aio.native import aio_bearer_interceptors
     from interceptors.grpc_sync.native import BearerInterceptor
     from interceptors.oidc.client import OidcClient
+    from interceptors.opening import open_session
     from interceptors.refreshing import RefreshingTokenSource, SourceStats
     from interceptors.session import Session
     from interceptors.source import CallableTokenSource, StaticTokenSource, TokenSource
@@ -43,9 +45,11 @@ __all__ = [
     "Token",
     "TokenSource",
     "aio_bearer_interceptors",
+    "announce_refresh",
     "authenticated_channel",
     "intercept_channel",
     "intercept_stub",
+    "open_session",
 ]
 
 # Each name is imported when it is first used, so that a program pays for the flavour and the store it uses only.
@@ -70,9 +74,11 @@ _MODULES: Final = {
     "Token": "tokens",
     "TokenSource": "source",
     "aio_bearer_interceptors": "grpc_aio.native",
+    "announce_refresh": "announcing",
     "authenticated_channel": "channels",
     "intercept_channel": "channels",
     "intercept_stub": "channels",
+    "open_session": "opening",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 def demo(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "interceptors.cli", "demo", "--seconds", "6", *arguments],
+        [sys.executable, "-m", "interceptors", "demo", "--seconds", "6", *arguments],
         check=False,
         capture_output=True,
         text=True,

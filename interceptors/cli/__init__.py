@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from interceptors.cli.completion import completion
+from interceptors.cli.demo import demo
+from interceptors.cli.login import login, logout
+from interceptors.cli.session import refresh, status, token
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class _OneLineErrors(click.Group):
+    """Says what is wrong with a command in one line, without its usage around it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # shows the help
+        with _in_one_line():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        raise click.UsageError(" ".join(error.format_message().split())) from error
+
+
+@click.group(
+    cls=_OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Each option may also come from the environment (INTERCEPTORS_ISSUER, INTERCEPTORS_CLIENT_ID, "
+        "INTERCEPTORS_SCOPE, INTERCEPTORS_PROFILE, INTERCEPTORS_STORE; INTERCEPTORS_CLIENT_SECRET only from there) or "
+        "from config.toml in the platform's configuration directory, in that order."
+    ),
+)
 @click.version_option(package_name="interceptors")
 def main() -> None:
-    """Bearer tokens that outlive the session."""
+    """Bearer tokens that outlive the session: log in once, and every call carries a valid token."""
 
 
-@main.command()
-@click.option("--seconds", type=click.FloatRange(min=5), default=20.0, show_default=True, help="How long it lasts.")
-@click.option(
-    "--flavour",
-    "flavours",
-    type=click.Choice(["grpc", "aio", "connect", "connect-aio"]),
-    multiple=True,
-    help="Only this one; may be given again.  [default: all]",
-)
-@click.option("--without", is_flag=True, help="The old way: a token that is fetched once.")
-def demo(seconds: float, flavours: tuple[str, ...], *, without: bool) -> None:
-    """A long session in short: watch it survive its token again and again.
-
-    Starts an issuer whose tokens live a few seconds, and a server that checks them. Meanwhile tokens expire, one is
-    revoked, and the issuer goes down for a while. The exit code is 1 if anything was lost or doubled.
-    """
-    # gRPC's core tells of connections that the demo closes on purpose.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from interceptors.demo import run
-
-    raise SystemExit(run(seconds, flavours, without=without))
+for command in (login, status, token, refresh, logout, demo, completion):
+    main.add_command(command)

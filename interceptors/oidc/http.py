@@ -111,11 +111,19 @@ def _exchange(
         msg = f"{_place(url)} is not a URL that can be asked"
         raise RefreshError(msg) from None
     except httpx.HTTPError as error:
-        # The exception holds the request, and that may hold a secret; its name says enough.
+        # The exception holds the request, and that may hold a secret; what the system said does not.
         msg = (
             f"{_place(url)} cannot be reached ({type(error).__name__}): check the network, or whether the issuer is up"
         )
-        raise Unreachable(msg) from None
+        raise Unreachable(msg) from _said_by_the_system(error)
+
+
+def _said_by_the_system(error: BaseException) -> OSError | None:
+    """What led to `error`, if it is the system's word: a refused connection, an unknown host, a bad certificate."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else cause.with_traceback(None)
 
 
 @cache

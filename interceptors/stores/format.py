@@ -14,6 +14,10 @@ VERSION: Final = 1
 _FIELDS: Final = {field.name for field in fields(Session)}
 
 
+class UnreadableSession(StoreError):  # noqa: N818 - it says what is there
+    """The place can be read, but what it holds is no session that this release knows."""
+
+
 def dumps(session: Session) -> str:
     """`session` as text, in ASCII."""
     content = {name: value for name, value in asdict(session).items() if value is not None}
@@ -29,7 +33,7 @@ def loads(text: str | bytes, place: str, remedy: str) -> Session:
         remedy: How to get rid of it, for the message of an error.
 
     Raises:
-        StoreError: It is no session, or one that a newer release has written. The message never shows the content.
+        UnreadableSession: It is no session, or one that a newer release has written. The message shows no content.
     """
     problem = "it is damaged"
     try:
@@ -40,7 +44,7 @@ def loads(text: str | bytes, place: str, remedy: str) -> Session:
                 f"the session in {place} was written by a newer release of interceptors (format {version}, this one "
                 f"reads up to {VERSION}): upgrade interceptors, or {remedy}"
             )
-            raise StoreError(msg)
+            raise UnreadableSession(msg)
         content = document["session"]
         if version == VERSION and isinstance(content, dict):
             # A field that this release does not know was added by one that says the format is still compatible.
@@ -51,7 +55,7 @@ def loads(text: str | bytes, place: str, remedy: str) -> Session:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     msg = f"the session in {place} cannot be read, {problem}: {remedy}"
-    raise StoreError(msg)
+    raise UnreadableSession(msg)
 
 
 def _fits(name: str, value: object) -> bool:

@@ -140,7 +140,7 @@ class KeyringStore(SessionStore):
         content = "".join(part or "" for part in parts)
         if hashlib.sha256(content.encode()).hexdigest() != digest:
             msg = f"the session in {self} cannot be read, it is damaged: {self._remedy}"
-            raise StoreError(msg)
+            raise session_format.UnreadableSession(msg)
         return content
 
     def _write(self, keyring: Any, content: str) -> None:

@@ -359,7 +359,7 @@ class FakeIssuer:
         elif method == "GET" and parts.path == "/authorize":
             answer = self._authorize({name: values[0] for name, values in parse_qs(parts.query).items()})
         elif method == "POST" and parts.path == "/device_authorization":
-            answer = self._device_authorization(form)
+            answer = self._device_authorization(form, authorization)
         elif method == "POST" and parts.path == "/revoke":
             answer = self._revoke(form.get("token", ""))
         else:
@@ -513,8 +513,8 @@ class FakeIssuer:
         self._families.append(family)
         return _json(200, self._tokens(family, refreshable="offline_access" in grant.scope.split()))
 
-    def _device_authorization(self, form: Mapping[str, str]) -> _Answer:
-        if form.get("client_id") != self.client_id:
+    def _device_authorization(self, form: Mapping[str, str], authorization: str | None) -> _Answer:
+        if not self._client_is_known(form, authorization):
             return _error(401, "invalid_client")
         device_code, user_code = secrets.token_urlsafe(16), secrets.token_hex(4).upper()
         with self._lock:

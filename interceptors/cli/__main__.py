@@ -1,5 +1,0 @@
-"""`python -m interceptors.cli`."""
-
-from interceptors.cli import main
-
-main()

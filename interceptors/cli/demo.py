@@ -1,0 +1,30 @@
+"""`interceptors demo`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+
+@click.command()
+@click.option("--seconds", type=click.FloatRange(min=5), default=20.0, show_default=True, help="How long it lasts.")
+@click.option(
+    "--flavour",
+    "flavours",
+    type=click.Choice(["grpc", "aio", "connect", "connect-aio"]),
+    multiple=True,
+    help="Only this one; may be given again.  [default: all]",
+)
+@click.option("--without", is_flag=True, help="The old way: a token that is fetched once.")
+def demo(seconds: float, flavours: tuple[str, ...], *, without: bool) -> None:
+    """A long session in short: watch it survive its token again and again.
+
+    Starts an issuer whose tokens live a few seconds, and a server that checks them. Meanwhile tokens expire, one is
+    revoked, and the issuer goes down for a while. The exit code is 1 if anything was lost or doubled.
+    """
+    # gRPC's core tells of connections that the demo closes on purpose.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from interceptors.demo import run
+
+    raise SystemExit(run(seconds, flavours, without=without))
