@@ -76,6 +76,27 @@ def a_keyring(tmp_path):
 
 
 @contextmanager
+def gnome_keyring(tmp_path):
+    """A real keyring of the Secret Service, with a session bus of its own, for other processes."""
+    requires("gnome-keyring-daemon")
+    requires("dbus-run-session")
+    script = str(Path(__file__).parent / "with-keyring.sh")
+    # It lives until its stdin is closed.
+    running = subprocess.Popen(
+        ["bash", script, "bash", "-c", "env -0; printf '\\n'; read -r"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    environment = dict(entry.split("=", 1) for entry in running.stdout.readline().decode().rstrip("\0\n").split("\0"))
+    try:
+        yield Place(
+            lambda: pytest.fail("the keyring is one of other processes"),
+            "from interceptors import *; store = KeyringStore('work', timeout=30)",
+            {**environment, "PYTHON_KEYRING_BACKEND": "keyring.backends.SecretService.Keyring"},
+        )
+    finally:
+        running.communicate()
+
+
+@contextmanager
 def redis_server():
     """The port of a Redis of our own."""
     program = requires("redis-server")
@@ -126,11 +147,11 @@ def a_redis(tmp_path):
 PLACES = {"memory": memory, "file": file, "keyring": a_keyring, "redis": a_redis}
 
 
-def process(place, script, **options):
+def process(place, script, *, environment=None, **options):
     """Another process, with `store` at hand."""
     return subprocess.Popen(
         [sys.executable, "-c", f"{place.code}\n{script}"],
-        env=place.environment,
+        env={**place.environment, **(environment or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
