@@ -418,8 +418,11 @@ class RefreshingTokenSource(TokenSource):
         if stored != self._seen or held is None:
             self._seen = current = stored
             self._unsaved = False
-            if stored is not None and self._usable(stored, fresh=cause is Cause.PROACTIVE):
-                return self._adopt(stored)
+            if stored is not None and self._usable(stored):
+                token = self._adopt(stored)
+                if self._cause(self._held) is None:
+                    return token
+                # Its last quarter has begun, so somebody has to refresh it: the lock is ours.
         try:
             session = self._refreshed(current)
         except LoginRequired:
@@ -470,12 +473,12 @@ class RefreshingTokenSource(TokenSource):
             return Cause.MANDATORY
         return Cause.PROACTIVE if now >= held.fresh_until else None
 
-    def _usable(self, session: Session, *, fresh: bool = False) -> bool:
+    def _usable(self, session: Session) -> bool:
         held = self._held
         if held is not None and held.rejected and session.access_token == held.token.value:
             return False
-        stale_at, due_at, _ = freshness(session, self._window, 0.0)
-        return self._clock() < (stale_at if fresh else due_at)
+        _, due_at, _ = freshness(session, self._window, 0.0)
+        return self._clock() < due_at
 
     def _hold(self, session: Session) -> _Held:
         held = self._held = _Held(session, self._window, self._jitter())

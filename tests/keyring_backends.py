@@ -51,7 +51,8 @@ class LockedKeyring(FileKeyring):
     def get_password(self, service, username):
         raise keyring.errors.KeyringLocked("secret-in-error")
 
-    set_password = get_password
+    def set_password(self, service, username, password):
+        raise keyring.errors.KeyringLocked("secret-in-error")
 
 
 class HangingKeyring(FileKeyring):

@@ -66,8 +66,7 @@ class Certified:
     """npm's oidc-provider, likewise."""
 
     client_id = "native"
-    # It rounds expiries down to whole seconds: servers refuse a token up to a second before its time.
-    shortest_gap = (LIFETIME - 1) / 2
+    shortest_gap = LIFETIME / 2
 
     def __enter__(self):
         self.provider = Provider(accessTtl=int(LIFETIME)).__enter__()
@@ -83,7 +82,8 @@ class Certified:
 
     def verify(self, token):
         claims = joserfc.jwt.decode(token, self.keys, algorithms=["RS256"]).claims
-        if claims["exp"] <= time.time():
+        # It rounds expiries down to whole seconds, for which servers allow some leeway.
+        if claims["exp"] + 1 <= time.time():
             raise TokenRefused("expired")
 
     def refreshes(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from interceptors.errors import LOGIN_HINT, StoreError
 from interceptors.stores import format as session_format
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # Windows' Credential Manager keeps 2,560 bytes of UTF-16 in a secret.
 _LONGEST_SECRET: Final = 1280
+_LONGEST_BEGINNING: Final = _LONGEST_SECRET - 128
+_MOST_PARTS: Final = 10_000
 _GENERATIONS: Final = ("a", "b")
 _NO_KEYRING: Final = "use FileStore(path), or '--store file' on the command line, on machines without one"
 
@@ -126,37 +128,37 @@ class KeyringStore(SessionStore):
                 msg = f"{self} cannot be used ({why}): see that it is running and unlocked, or {_NO_KEYRING}"
                 raise StoreError(msg) from error
 
-    # How a session is spread over secrets. The index, written last, says which parts make it up; the parts of the
-    # session before are still there until then.
+    # How a session is spread over secrets. The index, written last, holds its beginning and says which parts hold the
+    # rest; the parts of the session before are still there until then.
 
     def _read(self, keyring: Any) -> str | None:
-        index = keyring.get_password(self._service, self._profile)
+        text = keyring.get_password(self._service, self._profile)
+        index = _parse(text)
         if index is None:
-            return None
-        generation, count, digest = _parse(index)
-        if generation is None:
-            return str(index)
-        parts = [keyring.get_password(self._service, self._part(generation, i)) for i in range(count)]
-        content = "".join(part or "" for part in parts)
-        if hashlib.sha256(content.encode()).hexdigest() != digest:
+            return None if text is None else str(text).partition("\n")[0]
+        parts = [keyring.get_password(self._service, self._part(index.generation, i)) for i in range(index.parts)]
+        content = index.beginning + "".join(part or "" for part in parts)
+        if hashlib.sha256(content.encode()).hexdigest() != index.digest:
             msg = f"the session in {self} cannot be read, it is damaged: {self._remedy}"
             raise session_format.UnreadableSession(msg)
         return content
 
     def _write(self, keyring: Any, content: str) -> None:
-        present, _, _ = _parse(keyring.get_password(self._service, self._profile))
+        generation, count = _GENERATIONS[0], 0
         if len(content) <= _LONGEST_SECRET:
             keyring.set_password(self._service, self._profile, content)
-            generation, count = None, 0
         else:
-            generation = _GENERATIONS[1] if present == _GENERATIONS[0] else _GENERATIONS[0]
-            parts = [content[i : i + _LONGEST_SECRET] for i in range(0, len(content), _LONGEST_SECRET)]
+            present = _parse(keyring.get_password(self._service, self._profile))
+            if present is not None and present.generation == generation:
+                generation = _GENERATIONS[1]
+            rest = content[_LONGEST_BEGINNING:]
+            parts = [rest[i : i + _LONGEST_SECRET] for i in range(0, len(rest), _LONGEST_SECRET)]
             for i, part in enumerate(parts):
                 keyring.set_password(self._service, self._part(generation, i), part)
             count = len(parts)
             digest = hashlib.sha256(content.encode()).hexdigest()
-            index = {"version": session_format.VERSION, "parts": [generation, count, digest]}
-            keyring.set_password(self._service, self._profile, json.dumps(index))
+            index = _Index(generation, count, digest, content[:_LONGEST_BEGINNING])
+            keyring.set_password(self._service, self._profile, _text_of(index))
         for each in _GENERATIONS:
             self._remove_parts(keyring, each, count if each == generation else 0)
 
@@ -175,18 +177,31 @@ class KeyringStore(SessionStore):
         return f"{self._profile}\t{generation}{i}"
 
 
-def _parse(index: str | None) -> tuple[str | None, int, str]:
-    """Which parts an entry speaks of; (None, 0, "") if it is a session itself, or what only `loads` can judge."""
+class _Index(NamedTuple):
+    """How a session is spread, and its beginning."""
+
+    generation: str
+    parts: int
+    digest: str
+    beginning: str
+
+
+def _text_of(index: _Index) -> str:
+    head = {"version": session_format.VERSION, "parts": index[:3]}
+    return f"{json.dumps(head, separators=(',', ':'))}\n{index.beginning}"
+
+
+def _parse(text: str | None) -> _Index | None:
+    """What an index says; None if it is none but a session itself, or what only `loads` can judge."""
+    head, _, beginning = (text or "").partition("\n")
     try:
-        document = json.loads(index or "")
+        document = json.loads(head)
         generation, count, digest = document["parts"]
-    except (ValueError, TypeError, KeyError):
-        return None, 0, ""
-    if document.get("version") != session_format.VERSION or generation not in _GENERATIONS:
-        return None, 0, ""
-    if not isinstance(count, int) or not isinstance(digest, str):
-        return None, 0, ""
-    return generation, min(count, 10_000), digest
+        if document["version"] != session_format.VERSION or generation not in _GENERATIONS:
+            return None
+        return _Index(generation, min(count, _MOST_PARTS), str(digest), beginning)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _check(backend: Any) -> None:
