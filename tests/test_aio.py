@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import grpc.aio
 import pytest
-from behaviour_drivers import KINDS, SlowSource, event
+from behaviour_drivers import KINDS, SlowSource
+from connect_drivers import event
 
 from interceptors import StaticTokenSource, aio_bearer_interceptors, authenticated_channel, intercept_channel
 from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
