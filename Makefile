@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo test lint types format gen gen-check bench build conformance constraints clean setup
 
@@ -49,7 +49,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 conformance: $(VENV)/.ready $(VENV)-gen/.ready
-	$(BIN)/python tests/conformance/run.py
+	GEN_PYTHON=$(VENV)-gen/bin/python $(BIN)/python tests/conformance/run.py $(CONFORMANCE_ARGS)
 
 build: $(VENV)/.ready
 	rm -rf dist

@@ -22,7 +22,6 @@ class Place:
     """Makes stores of the same place: `store()` here; `environment` and `code` for other processes."""
 
     environment: dict[str, str]
-    shared = True
 
     def __init__(self, make, code="", environment=None, corrupt=None):
         self.store = make
@@ -34,9 +33,7 @@ class Place:
 @contextmanager
 def memory(tmp_path):
     store = MemoryStore()
-    place = Place(lambda: store)
-    place.shared = False
-    yield place
+    yield Place(lambda: store)
 
 
 @contextmanager

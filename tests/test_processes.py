@@ -153,6 +153,7 @@ def assert_one_refresh_per_lifetime(issuer, results):
     assert sum(result["stats"]["adoptions"] for result in results) >= (len(results) - 1) * (REFRESHES - 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("issuer", ISSUERS)
 def test_sixteen_processes_on_one_keyring_refresh_once_per_lifetime(tmp_path, issuer):
     with gnome_keyring(tmp_path) as place, ISSUERS[issuer]() as asked:
@@ -160,12 +161,14 @@ def test_sixteen_processes_on_one_keyring_refresh_once_per_lifetime(tmp_path, is
         assert_one_refresh_per_lifetime(asked, results)
 
 
+@pytest.mark.long
 def test_sixteen_processes_on_one_file_refresh_once_per_lifetime(tmp_path):
     with file(tmp_path) as place, Fake() as asked:
         results = run_for(REFRESHES, place, asked, [{}] * PROCESSES)
         assert_one_refresh_per_lifetime(asked, results)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("issuer", ISSUERS)
 def test_two_hosts_that_share_a_redis_refresh_once_per_lifetime(tmp_path, issuer):
     hosts = [{"HOME": str(tmp_path / host), "XDG_STATE_HOME": str(tmp_path / host / "state")} for host in "ab"]
