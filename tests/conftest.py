@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,8 @@ REQUIRE_ALL = os.environ.get("INTERCEPTORS_REQUIRE_ALL") == "1"
 
 def requires(program: str) -> str:
     """The path of an optional program; without it the test is skipped, or fails where everything must be there."""
-    path = shutil.which(program)
+    # What pip installs lies beside this Python.
+    path = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
     if path is None:
         reason = f"{program} is not installed"
         if REQUIRE_ALL:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interceptors import Session, TokenSource
 
 TOKEN_SECONDS = 4.0
+_MOST_ERRORS = 5
 
 
 def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
@@ -33,7 +34,7 @@ def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
     chosen = dict.fromkeys(flavours or those_there_are())
     with FakeIssuer(access_token_lifetime=TOKEN_SECONDS) as issuer, FakeServer(issuer, max_workers=128) as server:
         record = Record()
-        client = OidcClient(issuer.url, issuer.client_id, timeout=2.0)
+        client = OidcClient(issuer.url, issuer.client_id)
 
         def refresh(session: Session | None) -> Session:
             with record.refreshing():
@@ -66,6 +67,8 @@ def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
                 thread.join(30)
             outcome = record.outcome(server.calls)
             console.print(closing_table(outcome, record, refreshing.stats, server))
+            for error, count in record.errors.most_common(_MOST_ERRORS):
+                console.print(f"failed {count} times: {error}", style="red", markup=False, highlight=False)
     lost, doubled = sum(row.lost for row in outcome), sum(row.doubled for row in outcome)
     if lost or doubled:
         console.print(f"[bold red]{lost} lost, {doubled} doubled[/]")

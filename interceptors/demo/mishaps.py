@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _OUTAGE_SECONDS: Final = 0.5
 _SOON_SECONDS: Final = 1.1
+_CALLS_TO_LOOK_AT: Final = 40
 
 
 class Mishaps:
@@ -37,14 +38,15 @@ class Mishaps:
         self._outage_ends: float | None = None
         self._due: list[tuple[float, Callable[[], None]]] = [
             (seconds * 0.2, self._revoke),
-            (seconds * 0.6, self._refuse_in_the_middle),
+            (seconds * 0.5, self._refuse_an_upload),
+            (seconds * 0.6, self._refuse_a_conversation),
             (seconds * 0.8, self._revoke),
         ]
         self._outage_from = seconds * 0.3
 
     def until(self, passed: float) -> None:
         """Lets happen what is due after `passed` seconds."""
-        while self._due and self._due[0][0] <= passed:
+        if self._due and self._due[0][0] <= passed and self._is_token_in_use():
             self._due.pop(0)[1]()
         if self._outage_ends is not None:
             if passed >= self._outage_ends:
@@ -70,7 +72,16 @@ class Mishaps:
         token = self._source.peek()
         return token is not None and token.expires_at is not None and token.expires_at - time.time() < _SOON_SECONDS
 
-    def _refuse_in_the_middle(self) -> None:
+    def _is_token_in_use(self) -> bool:
+        # A new token that is refused at once means that refreshing does not help: not what is to be shown here.
+        token = self._source.peek()
+        calls = self._server.calls[-_CALLS_TO_LOOK_AT:]
+        return token is None or sum(call.token == token.value for call in calls) >= _CALLS_TO_LOOK_AT // 2
+
+    def _refuse_an_upload(self) -> None:
         self._server.refuse_next(after_messages=5, method="IngestEvents")
+        self._say("an upload is refused after it has begun")
+
+    def _refuse_a_conversation(self) -> None:
         self._server.refuse_next(after_messages=1, method="StreamHookEvents")
-        self._say("two streams are refused after they have begun")
+        self._say("a conversation is refused after it has begun")

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import grpc
+import grpc.aio
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -36,6 +39,8 @@ class Record:
         self._refreshes: list[tuple[float, float]] = []
         self._calls: list[tuple[float, float]] = []
         self.failed = 0
+        self.errors: Counter[str] = Counter()
+        """How often a call has failed with which error."""
 
     def new_id(self, kind: str) -> str:
         """An id for a call (or a message of a stream) that is about to be made."""
@@ -56,9 +61,10 @@ class Record:
         started = time.monotonic()
         try:
             yield
-        except Exception:  # noqa: BLE001 - the demo shows how many, whatever they are
+        except Exception as error:  # noqa: BLE001 - the demo shows how many, whatever they are
             with self._lock:
                 self.failed += 1
+                self.errors[_in_short(error)] += 1
         finally:
             with self._lock:
                 self._calls.append((started, time.monotonic()))
@@ -104,3 +110,11 @@ class Record:
                 Outcome(kind, len(counts), counts.count(1), counts.count(0), sum(count > 1 for count in counts))
             )
         return outcome
+
+
+def _in_short(error: Exception) -> str:
+    if isinstance(error, grpc.Call):
+        return f"{error.code().name}: {error.details()}"
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
