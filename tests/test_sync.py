@@ -275,7 +275,6 @@ def test_what_the_request_iterator_raises_ends_the_call_and_is_not_retried(stubs
 
     with pytest.raises(grpc.RpcError):
         stubs.events.IngestEvents(requests(), timeout=10)
-    assert server.calls == []
     assert server.attempts <= 1
 
 
