@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import sys
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,32 @@ def session_of(name: str, now: float, lifetime: float | None = 3600.0, **more) -
         refresh_token="r",
         **more,
     )
+
+
+@asynccontextmanager
+async def ticking():
+    """Ticks every 10 ms while it is entered; yields the seconds between two ticks, oldest first."""
+    gaps = []
+
+    async def tick():
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - last)
+            last += gaps[-1]
+
+    task = asyncio.create_task(tick())
+    try:
+        yield gaps
+    finally:
+        task.cancel()
+
+
+def assert_not_blocked(gaps):
+    """The loop ticked on; now and then it was late, as other tests keep the machine busy."""
+    assert len(gaps) > 50
+    assert max(gaps) < 1.0
+    assert sorted(gaps)[-5] < 0.1
 
 
 def eventually(condition, timeout: float = 10.0) -> None:

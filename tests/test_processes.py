@@ -229,50 +229,50 @@ def interceptors(*arguments):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_login_in_another_terminal_heals_a_running_session_within_one_call(tmp_path, issuer):
+@pytest.fixture
+def heartbeat(tmp_path, issuer):
+    """A call of a running session, which is kept in a file, and has served one call already."""
+    store = FileStore(tmp_path / "session.json")
+    store.save(issuer.session())
+    with (
+        FakeServer(issuer) as server,
+        open_session(issuer.url, issuer.client_id, store=store) as source,
+        authenticated_channel(server.target, source) as channel,
+    ):
+        stub = heartbeat_pb2_grpc.HeartbeatServiceStub(channel)
+        request = heartbeat_pb2.HeartbeatRequest(session_id="s", sequence=1)
+        stub.Heartbeat(request, timeout=10)
+        yield lambda: stub.Heartbeat(request, timeout=10)
+
+
+def assert_logged_out(heartbeat):
+    with pytest.raises(grpc.RpcError) as caught:
+        heartbeat()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert isinstance(caught.value.__cause__, LoginRequired)
+    assert 'run "interceptors login"' in str(caught.value.__cause__)
+    return caught.value
+
+
+def test_a_login_in_another_terminal_heals_a_running_session_within_one_call(tmp_path, issuer, heartbeat):
+    store = FileStore(tmp_path / "session.json")
     issuer.device_interval = 0.01
-    store = FileStore(tmp_path / "session.json")
-    store.save(issuer.session())
-    with (
-        FakeServer(issuer) as server,
-        open_session(issuer.url, issuer.client_id, store=store) as source,
-        authenticated_channel(server.target, source) as channel,
-    ):
-        heartbeat = heartbeat_pb2_grpc.HeartbeatServiceStub(channel).Heartbeat
-        request = heartbeat_pb2.HeartbeatRequest(session_id="s", sequence=1)
-        heartbeat(request, timeout=10)
-        # Given a session that has ended
-        issuer.end_session(store.load())
-        issuer.revoke(store.load().access_token)
-        for _ in range(3):
-            with pytest.raises(grpc.RpcError) as caught:
-                heartbeat(request, timeout=10)
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert isinstance(caught.value.__cause__, LoginRequired)
-        asked = len(issuer.token_requests)
-        # When somebody logs in in another terminal
-        where = ("--store", f"file:{tmp_path}/session.json")
-        interceptors("login", "--device", "--issuer", issuer.url, "--client-id", issuer.client_id, *where)
-        # Then the next call succeeds, and meanwhile the issuer was asked by the login alone
-        heartbeat(request, timeout=10)
-        assert [each.grant_type for each in issuer.token_requests[asked:]] == [DEVICE_GRANT]
+    # Given a session that has ended
+    issuer.end_session(store.load())
+    issuer.revoke(store.load().access_token)
+    for _ in range(3):
+        assert_logged_out(heartbeat)
+    asked = len(issuer.token_requests)
+    # When somebody logs in in another terminal
+    where = ("--store", f"file:{tmp_path}/session.json")
+    interceptors("login", "--device", "--issuer", issuer.url, "--client-id", issuer.client_id, *where)
+    # Then the next call succeeds, and meanwhile the issuer was asked by the login alone
+    heartbeat()
+    assert [each.grant_type for each in issuer.token_requests[asked:]] == [DEVICE_GRANT]
 
 
-def test_a_logout_in_another_terminal_ends_a_running_session_with_what_to_do(tmp_path, issuer):
-    store = FileStore(tmp_path / "session.json")
-    store.save(issuer.session())
-    with (
-        FakeServer(issuer) as server,
-        open_session(issuer.url, issuer.client_id, store=store) as source,
-        authenticated_channel(server.target, source) as channel,
-    ):
-        heartbeat = heartbeat_pb2_grpc.HeartbeatServiceStub(channel).Heartbeat
-        request = heartbeat_pb2.HeartbeatRequest(session_id="s", sequence=1)
-        heartbeat(request, timeout=10)
-        interceptors("logout", "--store", f"file:{tmp_path}/session.json")
-        for _ in range(20):
-            with pytest.raises(grpc.RpcError) as caught:
-                heartbeat(request, timeout=10)
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert 'run "interceptors login"' in str(caught.value.__cause__)
+def test_a_logout_in_another_terminal_ends_a_running_session_with_what_to_do(tmp_path, issuer, heartbeat):
+    interceptors("logout", "--store", f"file:{tmp_path}/session.json")
+    errors = [assert_logged_out(heartbeat) for _ in range(20)]
+    assert 'run "interceptors login"' in errors[-1].details()
     assert issuer.token_requests == []
