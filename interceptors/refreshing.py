@@ -72,6 +72,9 @@ class SourceStats:
         return self.proactive + self.mandatory + self.reactive
 
 
+# Refreshes in a row whose tokens live for less than it takes to get them.
+_TRIES = 3
+
 _NEVER = float("-inf")
 _FOREVER = float("inf")
 
@@ -404,7 +407,7 @@ class RefreshingTokenSource(TokenSource):
             raise _NothingNew
         return None
 
-    def _refresh_under_lock(self) -> Token:
+    def _refresh_under_lock(self, tries: int = _TRIES) -> Token:
         held = self._held
         cause = self._cause(held) or Cause.PROACTIVE
         current = held.session if held else None
@@ -423,24 +426,32 @@ class RefreshingTokenSource(TokenSource):
                 if self._cause(self._held) is None:
                     return token
                 # Its last quarter has begun, so somebody has to refresh it: the lock is ours.
+        asked_at = self._clock()
         try:
             session = self._refreshed(current)
         except LoginRequired:
             # A login that did not wait for the lock may have saved another session meanwhile.
             if not self._has_changed():
                 raise
-            return self._refresh_under_lock()
+            return self._refresh_under_lock(tries)
         self._count(**{cause.value: 1})
         self._save(session)
         held = self._hold(session)
         if cause is Cause.REACTIVE:
             held.on_trial_until = self._clock() + ON_TRIAL_SECONDS
         self._untold = session
-        if self._clock() >= held.fresh_until:
-            # Else every further call would refresh once more.
-            msg = "the issuer's new access token is about to expire: check this machine's clock and the token lifetime"
-            raise RefreshError(msg)
-        return held.token
+        now = self._clock()
+        if now < held.fresh_until:
+            return held.token
+        if asked_at < held.fresh_until:
+            # The token is a good one; it took long to get and to save it.
+            if now < held.due_at:
+                return held.token
+            if tries > 1:
+                return self._refresh_under_lock(tries - 1)
+        # Else every further call would refresh once more.
+        msg = "the issuer's new access token is about to expire: check this machine's clock and the token lifetime"
+        raise RefreshError(msg)
 
     def _has_changed(self) -> bool:
         try:

@@ -20,6 +20,7 @@ import httpx
 import joserfc.jwt
 import pytest
 from conftest import eventually
+from filelock import FileLock
 from joserfc.jwk import KeySet
 from provider import Provider
 from store_places import a_redis, file, gnome_keyring, process
@@ -94,6 +95,13 @@ ISSUERS = {"fake issuer": Fake, "oidc-provider": Certified}
 PROCESSES = 16
 
 
+@pytest.fixture
+def to_itself(tmp_path_factory):
+    """Keeps other tests like this one waiting: two crowds of processes are more than a small machine can bear."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "crowds.lock"):
+        yield
+
+
 def keep(place, session):
     """Has another process save `session`, as a login in another terminal does."""
     saving = process(place, f"with store.lock(30): store.save(Session(**{asdict(session)!r}))")
@@ -154,6 +162,7 @@ def assert_one_refresh_per_lifetime(issuer, results):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("to_itself")
 @pytest.mark.parametrize("issuer", ISSUERS)
 def test_sixteen_processes_on_one_keyring_refresh_once_per_lifetime(tmp_path, issuer):
     with gnome_keyring(tmp_path) as place, ISSUERS[issuer]() as asked:
@@ -162,6 +171,7 @@ def test_sixteen_processes_on_one_keyring_refresh_once_per_lifetime(tmp_path, is
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("to_itself")
 def test_sixteen_processes_on_one_file_refresh_once_per_lifetime(tmp_path):
     with file(tmp_path) as place, Fake() as asked:
         results = run_for(REFRESHES, place, asked, [{}] * PROCESSES)
@@ -169,6 +179,7 @@ def test_sixteen_processes_on_one_file_refresh_once_per_lifetime(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("to_itself")
 @pytest.mark.parametrize("issuer", ISSUERS)
 def test_two_hosts_that_share_a_redis_refresh_once_per_lifetime(tmp_path, issuer):
     hosts = [{"HOME": str(tmp_path / host), "XDG_STATE_HOME": str(tmp_path / host / "state")} for host in "ab"]

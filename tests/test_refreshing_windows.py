@@ -9,9 +9,9 @@ from datetime import timedelta
 
 import pytest
 from conftest import eventually
-from scripted import PATIENCE, World, in_background, in_threads, settled, value, values
+from scripted import PATIENCE, World, a_session, in_background, in_threads, settled, value, values
 
-from interceptors import RefreshingTokenSource
+from interceptors import RefreshError, RefreshingTokenSource
 
 
 class Forbidden:
@@ -354,3 +354,46 @@ def test_a_wrong_argument_is_refused_at_once_with_what_was_expected(argument, gi
     arguments = {**good(), argument: given}
     with pytest.raises(error, match=message):
         RefreshingTokenSource(arguments.pop("store"), arguments.pop("refresh"), **arguments)
+
+
+# Tokens that live hardly longer than it takes to get them
+
+
+def slow_answer(world, number, seconds):
+    """An entry of an issuer's script: a session whose token is that old when it comes."""
+
+    def answer(_):
+        session = a_session(world.clock, number, lifetime=100.0)
+        world.clock.advance(seconds)
+        return session
+
+    return answer
+
+
+def test_a_token_that_comes_late_is_used_for_what_is_left_of_it():
+    with World() as world:
+        source = world.warm_source()
+        world.clock.advance(7200)
+        world.issuer.script.append(slow_answer(world, 1, 80.0))
+        assert source.token(timeout=PATIENCE).value == value(1)
+        assert len(world.issuer.asked) == 1
+
+
+def test_a_token_that_comes_too_late_is_refreshed_once_more_before_anybody_fails():
+    with World() as world:
+        source = world.warm_source()
+        world.clock.advance(7200)
+        world.issuer.script += [slow_answer(world, 1, 200.0), slow_answer(world, 2, 200.0)]
+        assert source.token(timeout=PATIENCE).value == value(1)  # the first one without a script
+        assert [session.access_token for session in world.store.saved][:2] == [value(1), value(2)]
+        assert len(world.issuer.asked) == 3
+
+
+def test_an_issuer_whose_tokens_always_come_too_late_is_not_asked_for_ever():
+    with World() as world:
+        source = world.warm_source()
+        world.clock.advance(7200)
+        world.issuer.script += [slow_answer(world, number, 200.0) for number in range(1, 10)]
+        with pytest.raises(RefreshError, match="about to expire"):
+            source.token(timeout=PATIENCE)
+        assert len(world.issuer.asked) == 3

@@ -293,12 +293,16 @@ def test_many_threads_stream_while_tokens_are_revoked(server, issuer, source):
     with ThreadPoolExecutor(8) as threads:
         streams = [threads.submit(stream, thread) for thread in range(8)]
         for _ in range(5):
-            token = source.token()
-            server.wait_for(lambda token=token: any(call.token == token.value for call in server.calls))
-            eventually(lambda: source.peek() is not None)
-            issuer.revoke(source.token().value)
-            executed = len(server.calls)
-            server.wait_for(lambda executed=executed: len(server.calls) > executed + 8)
+            token = source.token().value
+
+            def used_by_all(token=token):
+                calls = [call.event_ids[0].split("-")[0] for call in server.calls if call.token == token]
+                return all(calls.count(str(thread)) >= 2 for thread in range(8))
+
+            # A new token that is refused before it has been of any use would mean that refreshing does not help.
+            server.wait_for(used_by_all, 30)
+            issuer.revoke(token)
+            eventually(lambda token=token: source.token().value != token, 30)
         stop.set()
         sent = [each for streamed in streams for each in streamed.result(20)]
     assert sorted(server.event_ids) == sorted(sent)
