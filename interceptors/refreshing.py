@@ -423,9 +423,9 @@ class RefreshingTokenSource(TokenSource):
             self._unsaved = False
             if stored is not None and self._usable(stored):
                 token = self._adopt(stored)
-                if self._cause(self._held) is None:
+                if cause is not Cause.PROACTIVE or self._cause(self._held) is None:
                     return token
-                # Its last quarter has begun, so somebody has to refresh it: the lock is ours.
+                # Its last quarter has begun, nobody waits, and the lock is ours.
         asked_at = self._clock()
         try:
             session = self._refreshed(current)
