@@ -1,7 +1,8 @@
 """Replaying a request stream: what was pulled from the caller so far is kept, and sent again, exactly once an attempt.
 
-`RequestLog` holds the messages, without I/O or locks. `ReplayableRequests` and `AsyncReplayableRequests` pull them from
-a caller's iterator for libraries that in turn pull from us, maybe on threads or tasks of their own.
+`ReplayableRequests` and `AsyncReplayableRequests` pull messages from a caller's iterator for libraries that in turn
+pull from us, maybe on threads or tasks of their own. `RequestLog` holds what is to be sent where pulling and sending
+are two things; on threads they are one, and what was pulled need only be kept.
 """
 
 from __future__ import annotations
@@ -58,27 +59,10 @@ class RequestLog(Generic[M]):
         """A message of `size` bytes was pulled."""
         self._messages.append(message)
         if self._keeping is _Keeping.ALL:
-            self._count(size)
-
-    def pass_on(self, message: M, size: int) -> bool:
-        """A message of `size` bytes was pulled and is sent by the present attempt at once; only if none is `ahead`.
-
-        Returns whether a second attempt is still possible.
-        """
-        self._sent += 1
-        if self._keeping is _Keeping.AHEAD:
-            self._start += 1
-            return False
-        self._messages.append(message)
-        return self._count(size)
-
-    def _count(self, size: int) -> bool:
-        # An endless stream of empty messages must not be kept for ever.
-        self._bytes += size or 1
-        if self._bytes > self._limit:
-            self.free()
-            return False
-        return True
+            # An endless stream of empty messages must not be kept for ever.
+            self._bytes += size or 1
+            if self._bytes > self._limit:
+                self.free()
 
     def next(self) -> M:
         """The next message for the present attempt; only if `ahead`."""
@@ -109,25 +93,41 @@ class ReplayableRequests(Generic[R, M]):
     """A caller's request iterator, for attempts that pull from it on threads of their own. Thread-safe.
 
     The trap it is made for: an attempt can die while its thread is inside the caller's `next()`. The message that this
-    call yields later belongs to the next attempt; so only one thread pulls at a time, and what it gets goes to the log.
+    call yields later belongs to the next attempt; so only one thread pulls at a time, and what it gets is kept.
 
     Args:
         requests: The caller's iterator.
         prepare: Turns a request into what is kept and sent.
         size: The size in bytes of what `prepare` returns.
-        limit: See `RequestLog`.
+        limit: The most bytes to keep for a second attempt; with more the call can no longer be replayed.
     """
 
-    __slots__ = ("_attempt", "_changing", "_log", "_prepare", "_pulling", "_requests", "_size")
+    __slots__ = (
+        "_attempt",
+        "_changing",
+        "_error",
+        "_exhausted",
+        "_kept",
+        "_limit",
+        "_prepare",
+        "_pulling",
+        "_replayable",
+        "_requests",
+        "_size",
+    )
 
     def __init__(self, requests: Iterator[R], prepare: Callable[[R], M], size: Callable[[M], int], limit: int) -> None:
         self._requests = requests
         self._prepare = prepare
         self._size = size
-        self._log: RequestLog[M] = RequestLog(limit)
+        self._limit = limit
+        self._kept: deque[M] = deque()  # what the second attempt has to send before it pulls
+        self._replayable = True
+        self._exhausted = False
+        self._error: BaseException | None = None  # what the caller's iterator raised
         self._attempt: int | None = 0  # the number of the present attempt; None once the call is over
         self._pulling = threading.Lock()  # held inside the caller's next()
-        self._changing = threading.Lock()  # held for moments, while the log or the attempt changes
+        self._changing = threading.Lock()  # held for moments, while the attempt changes or the buffer is given back
 
     def attempt(self) -> Iterator[M]:
         """What the present attempt is to send; nothing once the call is over."""
@@ -140,56 +140,65 @@ class ReplayableRequests(Generic[R, M]):
             if self._attempt is None:
                 return False
             self._attempt += 1
-            return self._log.rewind()
+            replayable, self._replayable = self._replayable, False
+            return replayable
 
     def free(self) -> None:
         """No further attempt will be made: the buffer is given back."""
         with self._changing:
-            self._log.free()
+            if self._replayable:
+                self._replayable = False
+                self._kept.clear()
 
     def stop(self) -> None:
         """Ends the pulling of requests: the call is over."""
         with self._changing:
             self._attempt = None
 
+    def _give_up(self, attempt: int) -> None:
+        """More than the limit was pulled; an attempt that has begun meanwhile still has it all."""
+        with self._changing:
+            if self._attempt == attempt and self._replayable:
+                self._replayable = False
+                self._kept.clear()
+
     def _messages(self, attempt: int) -> Iterator[M]:
-        log, requests, prepare, size = self._log, self._requests, self._prepare, self._size
+        kept, requests, prepare, size = self._kept, self._requests, self._prepare, self._size
         # What the attempt before has sent; and what it was about to send, if it was inside next() when it died.
         while self._attempt == attempt:
-            with self._changing:
-                message, ahead = (log.next(), True) if log.ahead else (None, False)
-            if ahead:
-                yield message  # type: ignore[misc]
+            if kept:
+                yield kept.popleft()
                 continue
             with self._pulling:
-                if not log.ahead:
+                if not kept:
                     break
-        # While a further attempt is possible, it has to wait for the message that is being pulled.
-        replayable = log.replayable
-        while replayable and self._attempt == attempt:
+        # While a further attempt is possible, it has to wait for the message that is being pulled. What is pulled is
+        # kept before it is looked whether this attempt is still the present one, so the next one misses nothing.
+        total = 0
+        while self._replayable and self._attempt == attempt:
             with self._pulling:
                 if self._attempt != attempt:
                     return
                 try:
                     message = prepare(next(requests))
                 except StopIteration:
-                    log.exhausted = True
+                    self._exhausted = True
                     return
                 except BaseException as error:
-                    log.error = error
+                    self._error = error
                     raise
-                with self._changing:
-                    if self._attempt != attempt:
-                        log.append(message, 0)
-                        return
-                    replayable = log.pass_on(message, size(message))
+                kept.append(message)
+                if self._attempt != attempt:
+                    return
+                # An endless stream of empty messages must not be kept for ever.
+                total += size(message) or 1
+                if total > self._limit:
+                    self._give_up(attempt)
             yield message
         # There will be none, and no earlier one is inside next(): nothing needs to be guarded any more.
-        while self._attempt == attempt:
-            if log.error is not None:
-                raise log.error
-            if log.exhausted:
-                return
+        if self._attempt == attempt and self._error is not None:
+            raise self._error
+        while self._attempt == attempt and not self._exhausted:
             try:
                 message = prepare(next(requests))
             except StopIteration:
