@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -169,10 +170,15 @@ def test_a_stub_stays_of_its_type_and_the_given_one_is_not_changed(server, sourc
 
 def test_a_channel_looks_like_the_one_beneath(server, source):
     seen = []
+    before = set(threading.enumerate())
     with intercept_channel(grpc.insecure_channel(server.target), source) as channel:
         channel.subscribe(seen.append, try_to_connect=True)
         grpc.channel_ready_future(channel).result(10)
         channel.unsubscribe(seen.append)
+        # gRPC's polling thread fails on a channel that is closed beneath it.
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+    assert grpc.ChannelConnectivity.READY in seen
     assert source.token().value not in repr(channel)
 
 
