@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -180,6 +182,32 @@ def test_a_channel_looks_like_the_one_beneath(server, source):
             thread.join(10)
     assert grpc.ChannelConnectivity.READY in seen
     assert source.token().value not in repr(channel)
+
+
+def test_messages_are_serialised_and_not_copied_whatever_was_imported_first():
+    # In a process of its own: gRPC imports the module of its channels only when one is opened.
+    program = """
+import grpc
+from interceptors import BearerInterceptor, StaticTokenSource, intercept_channel, intercept_stub
+
+class Message:
+    def __deepcopy__(self, memo):
+        print("copied")
+
+class Stub:
+    def __init__(self, channel):
+        self.call = channel.unary_unary("/a/b", lambda message: print("serialised") or b"")
+
+plain = grpc.insecure_channel("127.0.0.1:1")
+source = StaticTokenSource("token")
+for stub in (Stub(intercept_channel(plain, source)), intercept_stub(Stub(plain), source)):
+    try:
+        stub.call(Message(), timeout=10)
+    except grpc.RpcError as error:
+        print(error.code().name)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert printed == ["serialised", "UNAVAILABLE"] * 2
 
 
 @pytest.mark.parametrize("wrong", [None, "token", lambda: "token", object(), StaticTokenSource])

@@ -285,7 +285,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         """The final attempt, once it is over. gRPC's single-threaded streams are asked at once: they never block."""
         self._notice()
         with self._changed:
-            if not self._over and isinstance(self._attempt, _SINGLE_THREADED) and self._attempt is not self._ended:
+            if not self._over and _is_single_threaded(self._attempt) and self._attempt is not self._ended:
                 return self._attempt
             if not self._changed.wait_for(lambda: self._over, timeout):
                 raise grpc.FutureTimeoutError
@@ -334,7 +334,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         attempt = self._after(None)
         while True:
             metadata = attempt.initial_metadata()
-            if not metadata and not self._committed and not isinstance(attempt, _SINGLE_THREADED):
+            if not metadata and not self._committed and not _is_single_threaded(attempt):
                 # Of an answer that is all trailers, gRPC reports the (empty) initial metadata a moment before the
                 # status; in that moment it is not known yet whether this is the final attempt.
                 with self._changed:
@@ -459,12 +459,18 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
             self._requests.stop()
 
 
-_SINGLE_THREADED: Final[tuple[type, ...]] = tuple(
-    kind for kind in [getattr(getattr(grpc, "_channel", None), "_SingleThreadedRendezvous", None)] if kind
-)
-
 # Calls whose users wait to be called back and may hold no other reference.
 _pinned: set[AuthenticatedCall] = set()
+
+
+def is_native(thing: object, name: str) -> bool:
+    """Whether `thing` is of gRPC's own class `name`; by its name, as gRPC imports its module only when it is used."""
+    kind = type(thing)
+    return kind.__name__ == name and kind.__module__ == "grpc._channel"
+
+
+def _is_single_threaded(attempt: Any) -> bool:
+    return is_native(attempt, "_SingleThreadedRendezvous")
 
 
 def is_done(attempt: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 
 from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
-from interceptors.grpc_sync.call import AuthenticatedCall, local_error
+from interceptors.grpc_sync.call import AuthenticatedCall, is_native, local_error
 from interceptors.replay import ReplayableRequests, size_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("interceptors")
 
 UNAUTHENTICATED: Final = grpc.StatusCode.UNAUTHENTICATED
-_NATIVE_CHANNEL: Final[type | None] = getattr(getattr(grpc, "_channel", None), "Channel", None)
 
 
 class AuthenticatedChannel(grpc.Channel):
@@ -48,7 +47,7 @@ class AuthenticatedChannel(grpc.Channel):
         self, kind: str, method: str, serializer: Any, deserializer: Any, options: dict[str, Any]
     ) -> tuple[Any, Callable[[Any], Any]]:
         make = getattr(self._channel, kind)
-        if type(self._channel) is _NATIVE_CHANNEL:
+        if is_native(self._channel, "Channel"):
             # Serialising here and not beneath costs nothing more, and what is replayed is what was sent.
             return make(method, None, deserializer, **options), serializer or _as_it_is
         # Interceptors and test channels beneath want to see the message.
