@@ -79,7 +79,15 @@ class RequestStream:
         """What the caller writes."""
         if self._requests is not None:
             raise grpc.aio.UsageError(_STYLE_ERROR)
-        await self._write(self._prepare(request))
+        call = self._call
+        assert call is not None
+        message = self._prepare(request)
+        if call.done():
+            raise asyncio.InvalidStateError(_FINISHED)
+        if self._half_closed:
+            raise asyncio.InvalidStateError(_HALF_CLOSED)
+        self._log.append(message, self._size(message))
+        await self._send()
 
     async def done_writing(self) -> None:
         """The caller has written all."""
@@ -95,14 +103,18 @@ class RequestStream:
     async def _pull(self, requests: Any) -> None:
         call = self._call
         assert call is not None
-        prepare = self._prepare
+        prepare, append, size, send = self._prepare, self._log.append, self._size, self._send
         try:
             if isinstance(requests, AsyncIterable):
                 async for request in requests:
-                    await self._write(prepare(request))
+                    message = prepare(request)
+                    append(message, size(message))
+                    await send()
             else:
                 for request in requests:
-                    await self._write(prepare(request))
+                    message = prepare(request)
+                    append(message, size(message))
+                    await send()
             await self._done_writing()
         except (AioRpcError, asyncio.InvalidStateError):
             await close(requests)  # the call is over
@@ -119,16 +131,6 @@ class RequestStream:
             await self._send()
         except (AioRpcError, asyncio.InvalidStateError):
             return  # the call is over, and says how
-
-    async def _write(self, message: Any) -> None:
-        call = self._call
-        assert call is not None
-        if call.done():
-            raise asyncio.InvalidStateError(_FINISHED)
-        if self._half_closed:
-            raise asyncio.InvalidStateError(_HALF_CLOSED)
-        self._log.append(message, self._size(message))
-        await self._send()
 
     async def _done_writing(self) -> None:
         call = self._call
@@ -170,4 +172,5 @@ class RequestStream:
                     attempt = call._attempt  # noqa: SLF001
         finally:
             self._sending = False
-            call._wake()  # noqa: SLF001
+            if call._waiting:  # noqa: SLF001
+                call._wake()  # noqa: SLF001
