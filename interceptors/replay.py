@@ -355,11 +355,3 @@ async def close(requests: Any) -> None:
     aclose = getattr(requests, "aclose", None)
     if aclose is not None:
         await aclose()
-
-
-def size_of(message: Any) -> int:
-    """How much of a replay limit a message takes: its serialised size in bytes."""
-    if isinstance(message, (bytes, bytearray, memoryview)):
-        return len(message)
-    byte_size = getattr(message, "ByteSize", None)
-    return int(byte_size()) if callable(byte_size) else 0

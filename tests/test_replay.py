@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted import PATIENCE, in_background
 
-from interceptors.replay import AsyncReplayableRequests, ReplayableRequests, RequestLog, size_of
+from interceptors.messages import size_of
+from interceptors.replay import AsyncReplayableRequests, ReplayableRequests, RequestLog
 
 
 def as_it_is(message):

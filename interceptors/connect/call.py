@@ -10,7 +10,6 @@ from connectrpc.client import ResponseMetadata
 from connectrpc.code import Code
 from connectrpc.errors import ConnectError
 
-from interceptors import replay
 from interceptors.call import Call, Failure, Send, deadline_of
 from interceptors.connect.challenges import challenges_of
 
@@ -118,14 +117,6 @@ class ConnectCall:
             response._http_status = None  # noqa: SLF001 - there is no other way; it matters if no second response comes
         self._ctx.response_headers.clear()
         self._ctx.response_trailers.clear()
-
-
-def size_of(message: Any) -> int:
-    """How much of a replay limit a message takes, whichever protobuf library it is of: its serialised size in bytes."""
-    if hasattr(message, "ByteSize"):
-        return replay.size_of(message)
-    to_binary = getattr(message, "to_binary", None)
-    return len(to_binary()) if to_binary is not None else replay.size_of(message)
 
 
 def _grpc_timeout(timeout_ms: int) -> str:

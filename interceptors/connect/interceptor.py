@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from interceptors.call import REPLAY_LIMIT
 from interceptors.connect import calls_async, calls_sync
-from interceptors.connect.call import size_of
+from interceptors.messages import as_it_is, size_of
 from interceptors.replay import AsyncReplayableRequests, ReplayableRequests
 from interceptors.tokens import AUTHORIZATION
 
@@ -144,11 +144,7 @@ class ConnectBearerInterceptor:
         return calls_async.stream(self._source, call_next, request, ctx, self._async_replayable(request))
 
     def _replayable(self, requests: Iterator[REQ]) -> ReplayableRequests[REQ, REQ]:
-        return ReplayableRequests(iter(requests), _as_it_is, size_of, self._replay_limit)
+        return ReplayableRequests(iter(requests), as_it_is, size_of, self._replay_limit)
 
     def _async_replayable(self, requests: AsyncIterator[REQ]) -> AsyncReplayableRequests[REQ, REQ]:
-        return AsyncReplayableRequests(aiter(requests), _as_it_is, size_of, self._replay_limit)
-
-
-def _as_it_is(request: REQ) -> REQ:
-    return request
+        return AsyncReplayableRequests(aiter(requests), as_it_is, size_of, self._replay_limit)

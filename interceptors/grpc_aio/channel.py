@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import grpc
@@ -22,7 +21,7 @@ from interceptors.grpc_aio.call import (
     UnaryUnaryCall,
 )
 from interceptors.grpc_aio.requests import RequestStream
-from interceptors.replay import size_of
+from interceptors.messages import as_it_is, prepared, size_of, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
     from interceptors.source import TokenSource
     from interceptors.tokens import Token
-
-_log = logging.getLogger("interceptors")
 
 
 class AuthenticatedAioChannel(grpc.aio.Channel):
@@ -117,11 +114,11 @@ class _MultiCallable:
         self._source = source
         self._peek = source.peek
         self._replay_limit = replay_limit
-        self._prepare: Callable[[Any], Any] = _snapshot
+        self._prepare: Callable[[Any], Any] = snapshot
         if type(plain).__module__ == "grpc.aio._channel" and not plain._interceptors:  # noqa: SLF001
             # Serialising here and not beneath costs nothing more, and what is replayed is what was sent. Interceptors
             # beneath want to see the message.
-            self._prepare = functools.partial(_serialised, plain._request_serializer)  # noqa: SLF001
+            self._prepare = functools.partial(prepared, plain._request_serializer or as_it_is)  # noqa: SLF001
             self._inner = copy.copy(plain)
             self._inner._request_serializer = None  # noqa: SLF001
 
@@ -243,18 +240,3 @@ def _start(
 ) -> Any:
     carried = (*metadata, *token.metadata) if metadata else token.metadata
     return inner(message, timeout=timeout, metadata=carried, **options)
-
-
-def _serialised(serializer: Callable[[Any], Any] | None, request: Any) -> Any:
-    try:
-        return request if serializer is None else serializer(request)
-    except Exception:  # noqa: BLE001 - gRPC goes on with a request of None when its own serialising fails
-        _log.exception("Exception serializing message!")
-        return None
-
-
-def _snapshot(request: Any) -> Any:
-    try:
-        return copy.deepcopy(request)
-    except Exception:  # noqa: BLE001 - what cannot be copied is sent as it is
-        return request

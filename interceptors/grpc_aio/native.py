@@ -11,7 +11,8 @@ from grpc.aio import ClientCallDetails
 from interceptors.call import REPLAY_LIMIT, Call, Failure, carries_own_authorization, deadline_of
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_aio.call import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall, local_error
-from interceptors.replay import AsyncReplayableRequests, size_of
+from interceptors.messages import as_it_is, size_of
+from interceptors.replay import AsyncReplayableRequests
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -114,7 +115,7 @@ class _Requests:
 
     def __init__(self, requests: Any, limit: int) -> None:
         source = requests.__aiter__() if hasattr(requests, "__aiter__") else _asynchronous(requests)
-        self._requests: AsyncReplayableRequests[Any, Any] = AsyncReplayableRequests(source, _as_it_is, size_of, limit)
+        self._requests: AsyncReplayableRequests[Any, Any] = AsyncReplayableRequests(source, as_it_is, size_of, limit)
 
     def attempt(self) -> AsyncIterator[Any]:
         return self._requests.attempt()
@@ -142,10 +143,6 @@ _stopping: set[Any] = set()
 async def _asynchronous(requests: Any) -> AsyncIterator[Any]:
     for request in requests:
         yield request
-
-
-def _as_it_is(request: Any) -> Any:
-    return request
 
 
 def _is_untouched(details: Any) -> bool:

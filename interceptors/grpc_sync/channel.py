@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -15,7 +14,8 @@ import grpc
 
 from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
 from interceptors.grpc_sync.call import AuthenticatedCall, is_native, local_error
-from interceptors.replay import ReplayableRequests, size_of
+from interceptors.messages import as_it_is, log_unserialisable, prepared, size_of, snapshot
+from interceptors.replay import ReplayableRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from interceptors.source import TokenSource
     from interceptors.tokens import Token
-
-_log = logging.getLogger("interceptors")
 
 UNAUTHENTICATED: Final = grpc.StatusCode.UNAUTHENTICATED
 
@@ -49,9 +47,9 @@ class AuthenticatedChannel(grpc.Channel):
         make = getattr(self._channel, kind)
         if is_native(self._channel, "Channel"):
             # Serialising here and not beneath costs nothing more, and what is replayed is what was sent.
-            return make(method, None, deserializer, **options), serializer or _as_it_is
+            return make(method, None, deserializer, **options), serializer or as_it_is
         # Interceptors and test channels beneath want to see the message.
-        return make(method, serializer, deserializer, **options), _snapshot
+        return make(method, serializer, deserializer, **options), snapshot
 
     def unary_unary(
         self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
@@ -414,9 +412,9 @@ class StreamStream(grpc.StreamStreamMultiCallable):
 
 def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: int) -> Any:
     """One of a stub's multicallables, with tokens; for `interceptors.intercept_stub`."""
-    prepare: Callable[[Any], Any] = _snapshot
+    prepare: Callable[[Any], Any] = snapshot
     if type(inner).__module__ == "grpc._channel" and hasattr(inner, "_request_serializer"):
-        prepare = inner._request_serializer or _as_it_is  # noqa: SLF001 - a stub has no public way to its serialisers
+        prepare = inner._request_serializer or as_it_is  # noqa: SLF001 - a stub has no public way to its serialisers
         inner = copy.copy(inner)
         inner._request_serializer = None  # noqa: SLF001
     # By name first: grpc_testing's UnaryStream says that it is a StreamStreamMultiCallable.
@@ -512,20 +510,11 @@ def start_streaming_call(
     return call
 
 
-def prepared(prepare: Callable[[Any], Any], request: Any) -> Any:
-    """What is sent for `request`."""
-    try:
-        return prepare(request)
-    except Exception:  # noqa: BLE001 - it ends the call
-        log_unserialisable()
-        return None
-
-
 def replayable(
     request_iterator: Iterator[Any], prepare: Callable[[Any], Any], limit: int
 ) -> ReplayableRequests[Any, Any]:
     """The caller's requests, kept as `prepare` makes them."""
-    if prepare is _snapshot:
+    if prepare is snapshot:
         return ReplayableRequests(request_iterator, prepare, size_of, limit)
     return ReplayableRequests(request_iterator, functools.partial(prepared, prepare), _length, limit)
 
@@ -588,22 +577,6 @@ def _start_streaming_attempt(
     timeout: float | None,
 ) -> Any:
     return _start_attempt(functools.partial(invoke, requests.attempt()), metadata, token, timeout)
-
-
-def log_unserialisable() -> None:
-    """Says what gRPC says; for a request of None it then ends the call with INTERNAL, as if it had failed itself."""
-    _log.exception("Exception serializing message!")
-
-
-def _as_it_is(request: Any) -> Any:
-    return request
-
-
-def _snapshot(request: Any) -> Any:
-    try:
-        return copy.deepcopy(request)
-    except Exception:  # noqa: BLE001 - what cannot be copied is sent as it is
-        return request
 
 
 def _registered(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from interceptors.call import REPLAY_LIMIT, Call, carries_own_authorization, dea
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_sync.call import AuthenticatedCall, is_done
 from interceptors.grpc_sync.channel import UNAUTHENTICATED, attached, redacted
-from interceptors.replay import ReplayableRequests, size_of
+from interceptors.messages import as_it_is, size_of
+from interceptors.replay import ReplayableRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ class BearerInterceptor(
         return self._intercept_stream(continuation, client_call_details, request_iterator)
 
     def _intercept_stream(self, continuation: Callable[[Any, Any], Any], details: Any, requests: Iterator[Any]) -> Any:
-        kept = ReplayableRequests(requests, _as_it_is, size_of, self._replay_limit)
+        kept = ReplayableRequests(requests, as_it_is, size_of, self._replay_limit)
         return self._intercept(lambda details, _: continuation(details, kept.attempt()), details, None, kept)
 
     def _intercept(
@@ -113,10 +114,6 @@ class BearerInterceptor(
             return outcome
         handle.adopt(token, outcome)
         return handle
-
-
-def _as_it_is(request: Any) -> Any:
-    return request
 
 
 class _Fields(NamedTuple):
