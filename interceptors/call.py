@@ -27,6 +27,8 @@ REPLAY_LIMIT: Final = 256 * 1024
 
 DEADLINE_EXCEEDED_DETAILS: Final = "Deadline Exceeded"
 
+_SAYS_NOTHING_OF_THE_TOKEN: Final = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "CANCELED"})
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -116,8 +118,14 @@ class Call:
         self._unconfirmed = answer
         return Send(answer, remaining)
 
+    def ended(self, code: str) -> None:
+        """The present attempt has ended with the status `code`, which is not UNAUTHENTICATED."""
+        # Whoever cut the connection, or let the time run out, need not have looked at the token.
+        if code not in _SAYS_NOTHING_OF_THE_TOKEN:
+            self.passed()
+
     def passed(self) -> None:
-        """The present attempt got past authentication: a response came, or an end other than UNAUTHENTICATED."""
+        """The present attempt got past authentication: a response came, or an end that says so."""
         if self._unconfirmed is not None:
             _tell(self._source.accept, self._unconfirmed)
             self._unconfirmed = None

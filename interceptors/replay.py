@@ -12,10 +12,13 @@ import contextlib
 import enum
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+
+# Ordinary iterators end at once; waiting for them leaves no task behind.
+_CLOSING_SECONDS: Final = 0.1
 
 M = TypeVar("M")
 R = TypeVar("R")
@@ -294,18 +297,20 @@ class _Pulling(Generic[R, M]):
         self._prepare = prepare
         self._size = size
         self._log = log
+        self._stopped = False
         self._task: asyncio.Task[None] | None = None
         self._wanted: asyncio.Future[None] | None = None  # what the task waits for between two messages
         self._waiting: list[asyncio.Future[None]] = []  # what attempts wait for
 
     def change(self) -> asyncio.Future[None]:
         """Has another message pulled; done when it is there, or when there is something else to be seen."""
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Before the task begins, as an eager one may have its first message by the time it is made.
+        self._waiting.append(change)
         if self._task is None:
             self._task = asyncio.ensure_future(self._pull())
         elif self._wanted is not None and not self._wanted.done():
             self._wanted.set_result(None)
-        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(change)
         return change
 
     def wake(self) -> None:
@@ -321,6 +326,8 @@ class _Pulling(Generic[R, M]):
             while True:
                 message = self._prepare(await anext(self._requests))
                 log.append(message, self._size(message))
+                if self._stopped:
+                    raise asyncio.CancelledError
                 self._wanted = loop.create_future()
                 self.wake()
                 await self._wanted
@@ -329,18 +336,20 @@ class _Pulling(Generic[R, M]):
         except BaseException as error:
             log.error = error  # it is raised where the message would have been sent
             if isinstance(error, asyncio.CancelledError):
-                await close(self._requests)
+                with contextlib.suppress(RuntimeError):  # a generator that does not let itself be closed
+                    await close(self._requests)
                 raise
         finally:
             self.wake()
 
     async def stop(self) -> None:
-        """Ends the task, whatever it waits for."""
+        """Ends the task, whatever it waits for; a caller's iterator that is slow to end does so by itself."""
+        self._stopped = True
         task = self._task
         if task is not None and not task.done():
             task.cancel()
             if task is not asyncio.current_task():
-                await asyncio.wait([task])
+                await asyncio.wait([task], timeout=_CLOSING_SECONDS)
 
     def abandon(self) -> None:
         """Ends the task some time; from any thread, as the garbage collector calls it."""
@@ -348,6 +357,12 @@ class _Pulling(Generic[R, M]):
         if task is not None and not task.done():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 task.get_loop().call_soon_threadsafe(task.cancel)
+
+
+async def asynchronous(requests: Iterable[R]) -> AsyncIterator[R]:
+    """A plain iterable as an async one."""
+    for request in requests:
+        yield request
 
 
 async def close(requests: Any) -> None:

@@ -15,11 +15,13 @@ import pytest
 from behaviour_drivers import SlowSource
 from conftest import assert_not_blocked, ticking
 from connect_drivers import CONNECT_WAYS, asynchronous, converse_requests, event, ingest_requests
-from connectrpc.client import ResponseMetadata
+from connectrpc.client import ConnectClientSync, ResponseMetadata
 from connectrpc.code import Code
 from connectrpc.compat import google_protobuf_binary_codec, google_protobuf_json_codec
 from connectrpc.errors import ConnectError
+from connectrpc.method import IdempotencyLevel, MethodInfo, StreamType
 from connectrpc.protocol import ProtocolType
+from google.protobuf import struct_pb2
 from pyqwest import Client, HTTPTransport, HTTPVersion, SyncClient, SyncHTTPTransport
 
 from interceptors import ConnectBearerInterceptor, StaticTokenSource
@@ -31,7 +33,10 @@ PROTO = {"Content-Type": "application/proto"}
 
 
 class Edge:
-    """An HTTP/1.1 server that answers as it is told, one request after the other; the last answer again and again."""
+    """An HTTP/1.1 server that answers as it is told, one request after the other; the last answer again and again.
+
+    None cuts the connection instead.
+    """
 
     def __init__(self, *answers):
         self.requests = []
@@ -43,7 +48,11 @@ class Edge:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 edge.requests.append((dict(self.headers.items()), body, self.path))
-                status, headers, answer = answers[min(len(edge.requests), len(answers)) - 1]
+                given = answers[min(len(edge.requests), len(answers)) - 1]
+                if given is None:
+                    self.close_connection = True
+                    return
+                status, headers, answer = given
                 self.send_response(status)
                 for key, value in headers.items():
                     self.send_header(key, value)
@@ -112,6 +121,60 @@ def test_a_proxys_plain_401_is_a_refusal_like_any(heartbeat, source, issuer):
     assert issuer.refreshes == 1
 
 
+GATEWAYS = [
+    {"code": 401, "message": "Jwt is expired"},
+    {"code": 16, "message": "Jwt is expired"},
+    {"code": "UNAUTHENTICATED", "message": "Jwt is expired", "details": []},
+    {"code": "unauthenticated", "message": "Jwt is expired", "details": ["which connectrpc trips over"]},
+]
+
+
+@pytest.mark.parametrize("body", GATEWAYS)
+def test_a_gateways_401_in_json_that_is_no_connect_error_is_a_refusal_too(heartbeat, source, issuer, body):
+    answer = (401, {"Content-Type": "application/json"}, json.dumps(body).encode())
+    with Edge(answer, OK) as edge:
+        assert heartbeat(edge.url, ConnectBearerInterceptor(source)).sequence == 1
+    assert issuer.refreshes == 1
+    with Edge(answer, answer) as edge, pytest.raises(ConnectError) as caught:
+        heartbeat(edge.url, ConnectBearerInterceptor(source))
+    assert caught.value.code is Code.UNAUTHENTICATED
+    assert caught.value.message in {"Jwt is expired", "Unauthorized"}
+    assert len(edge.requests) == 2
+
+
+def test_a_message_is_not_taken_for_a_response(source, issuer):
+    listed, scoped = struct_pb2.ListValue(), struct_pb2.Struct()
+    listed.extend([1, 2])
+    scoped.update({"www-authenticate": 'Bearer error="insufficient_scope"'})
+    for message in (listed, scoped):
+        answer = (200, PROTO, message.SerializeToString())
+        with Edge((401, {"Content-Type": "text/plain"}, b"expired"), answer) as edge:
+            client = ConnectClientSync(
+                edge.url, codec=google_protobuf_binary_codec(), interceptors=[ConnectBearerInterceptor(source)]
+            )
+            method = MethodInfo(
+                name="M",
+                service_name="x.S",
+                input=type(message),
+                output=type(message),
+                idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.UNARY,
+            )
+            assert client.execute_unary(request=message, method=method) == message
+    assert issuer.refreshes == 2
+
+
+@pytest.mark.parametrize("end", [(503, {"Content-Type": "text/plain"}, b""), None])
+def test_an_end_that_says_nothing_of_the_token_does_not_vouch_for_it(heartbeat, source, issuer, end):
+    answers = [answer for _ in range(6) for answer in (refusal(), end)]
+    with Edge(*answers) as edge:
+        for _ in range(6):
+            with pytest.raises(ConnectError):
+                heartbeat(edge.url, ConnectBearerInterceptor(source))
+    # The cool-down has begun: the issuer is left in peace.
+    assert issuer.refreshes < 4
+
+
 @pytest.mark.parametrize(
     "challenge",
     ['Bearer realm="api", error="insufficient_scope", scope="admin"', "Bearer error=insufficient_scope"],
@@ -124,8 +187,9 @@ def test_insufficient_scope_is_not_worth_a_refresh(heartbeat, source, issuer, ch
     assert (issuer.refreshes, source.stats.rejected) == (0, 0)
 
 
-def test_any_other_challenge_is(heartbeat, source, issuer):
-    challenge = 'Bearer error="invalid_token", error_description="not insufficient_scope"'
+@pytest.mark.parametrize("said", ["not insufficient_scope", "not error=insufficient_scope, but expired"])
+def test_any_other_challenge_is(heartbeat, source, issuer, said):
+    challenge = f'Bearer error="invalid_token", error_description="{said}"'
     with Edge(refusal({"WWW-Authenticate": challenge}), OK) as edge:
         heartbeat(edge.url, ConnectBearerInterceptor(source))
     assert issuer.refreshes == 1
@@ -374,6 +438,61 @@ def test_cancelling_leaves_nothing(server, issuer, phase):
         assert server.attempts == 3
 
     asyncio.run(main())
+
+
+def test_a_list_is_a_stream_of_requests_as_well(server, source):
+    async def main():
+        async with HTTPTransport(http_version=HTTPVersion.HTTP2) as transport:
+            client = event_connect.EventServiceClient(
+                server.url, http_client=Client(transport), interceptors=[ConnectBearerInterceptor(source)]
+            )
+            return await client.ingest_events(list(ingest_requests("123")))
+
+    assert asyncio.run(main()).event_ids == list("123")
+
+
+@pytest.mark.parametrize("manner", ["takes its time to end", "does not let itself be cancelled"])
+def test_an_iterator_that_is_hard_to_end_does_not_hold_up_the_deadline(server, source, manner):
+    released = asyncio.Event()
+
+    async def requests():
+        while True:
+            try:
+                yield event_pb2.IngestEventsRequest(event=event(1))
+                await released.wait()
+            except asyncio.CancelledError:
+                if manner == "takes its time to end":
+                    await released.wait()
+                    raise
+
+    async def main():
+        async with HTTPTransport(http_version=HTTPVersion.HTTP2) as transport:
+            client = event_connect.EventServiceClient(
+                server.url, http_client=Client(transport), interceptors=[ConnectBearerInterceptor(source)]
+            )
+            with pytest.raises(ConnectError) as caught:
+                await asyncio.wait_for(client.ingest_events(requests(), timeout_ms=300), 10)
+            released.set()
+            await nothing_left()
+        return caught.value.code
+
+    assert asyncio.run(main()) is Code.DEADLINE_EXCEEDED
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="eager tasks came with Python 3.12")
+def test_tasks_may_be_eager(server, source):
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        async with HTTPTransport(http_version=HTTPVersion.HTTP2) as transport:
+            client = event_connect.EventServiceClient(
+                server.url, http_client=Client(transport), interceptors=[ConnectBearerInterceptor(source)]
+            )
+            server.refuse_next(after_messages=2)
+            answer = await client.ingest_events(asynchronous(ingest_requests("123")), timeout_ms=10_000)
+            talk = client.stream_hook_events(asynchronous(converse_requests("456")), timeout_ms=10_000)
+            return [*answer.event_ids, *[response.event_id async for response in talk]]
+
+    assert asyncio.run(main()) == list("123456")
 
 
 def test_a_thousand_tasks_cost_one_refresh_that_does_not_block_the_loop(server, issuer, source):

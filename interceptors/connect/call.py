@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -11,11 +10,9 @@ from connectrpc.code import Code
 from connectrpc.errors import ConnectError
 
 from interceptors.call import Call, Failure, Send, deadline_of
-from interceptors.connect.challenges import challenges_of
+from interceptors.connect.refusals import asks_for_more_scope, refusal_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from connectrpc.request import RequestContext
 
     from interceptors.source import TokenSource
@@ -26,7 +23,7 @@ _GRPC_TIMEOUT: Final = "grpc-timeout"
 _GRPC_TIMEOUT_UNITS: Final = (("m", 1), ("S", 1000), ("M", 60 * 1000), ("H", 60 * 60 * 1000))
 _GRPC_TIMEOUT_DIGITS: Final = 8
 
-_INSUFFICIENT_SCOPE: Final = re.compile(r'(?:^|[\s,])error\s*=\s*"?insufficient_scope(?:$|["\s,])', re.IGNORECASE)
+_CURRENT_RESPONSE: Final = "connectrpc_current_response"
 
 
 class Requests(Protocol):
@@ -58,13 +55,21 @@ class ConnectCall:
         return self._to_send(self.core.begin(answer))
 
     def refused(self, token: Token, error: ConnectError, requests: Requests | None) -> bool:
-        """Whether an attempt that ended with `error`, before any response, is followed by another one."""
-        if not _is_refusal(error):
-            self.passed()
-            return False
-        if self.core.refused(token, replayable=requests is None or requests.rewind()):
-            self._refusal = error
+        """Whether an attempt that ended with `error`, before any response, is followed by another one.
+
+        Raises:
+            ConnectError: It is not, and this is what the caller gets instead of `error`.
+        """
+        refusal = refusal_of(error)
+        if refusal is None:
+            self.core.ended(error.code.name)
+        elif not asks_for_more_scope(error) and self.core.refused(
+            token, replayable=requests is None or requests.rewind()
+        ):
+            self._refusal = refusal
             return True
+        elif refusal is not error:
+            raise refusal
         return False
 
     def again(self, answer: Token | BaseException) -> Token:
@@ -89,7 +94,7 @@ class ConnectCall:
 
     def ended(self, token: Token, error: ConnectError) -> None:
         """The call ended with `error` after its first response."""
-        if _is_refusal(error):
+        if error.code is Code.UNAUTHENTICATED and not asks_for_more_scope(error):
             self.core.refused(token, replayable=False)
 
     def _to_send(self, decision: Send | Failure) -> Token:
@@ -133,14 +138,9 @@ def _error(failure: Failure) -> ConnectError:
     return ConnectError(Code[failure.code], said)
 
 
-def _is_refusal(error: ConnectError) -> bool:
-    # Another token would have the same scope (RFC 6750 section 3.1).
-    return error.code is Code.UNAUTHENTICATED and not any(
-        _INSUFFICIENT_SCOPE.search(challenge) for challenge in challenges_of(error)
-    )
-
-
 def _callers_response() -> ResponseMetadata | None:
     """The innermost ResponseMetadata that the call is made in."""
-    present: Iterable[object] = copy_context().values()
-    return next((value for value in present if isinstance(value, ResponseMetadata)), None)
+    # The program may keep others in variables of its own.
+    present = copy_context().items()
+    responses = (value for variable, value in present if variable.name == _CURRENT_RESPONSE)
+    return next((value for value in responses if isinstance(value, ResponseMetadata)), None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from interceptors.call import REPLAY_LIMIT
 from interceptors.connect import calls_async, calls_sync
 from interceptors.messages import as_it_is, size_of
-from interceptors.replay import AsyncReplayableRequests, ReplayableRequests
+from interceptors.replay import AsyncReplayableRequests, ReplayableRequests, asynchronous
 from interceptors.tokens import AUTHORIZATION
 
 if TYPE_CHECKING:
@@ -146,5 +146,7 @@ class ConnectBearerInterceptor:
     def _replayable(self, requests: Iterator[REQ]) -> ReplayableRequests[REQ, REQ]:
         return ReplayableRequests(iter(requests), as_it_is, size_of, self._replay_limit)
 
-    def _async_replayable(self, requests: AsyncIterator[REQ]) -> AsyncReplayableRequests[REQ, REQ]:
-        return AsyncReplayableRequests(aiter(requests), as_it_is, size_of, self._replay_limit)
+    def _async_replayable(self, requests: Any) -> AsyncReplayableRequests[Any, Any]:
+        # A list serves connectrpc as well, although its types do not say so.
+        iterator = aiter(requests) if hasattr(requests, "__aiter__") else asynchronous(requests)
+        return AsyncReplayableRequests(iterator, as_it_is, size_of, self._replay_limit)

@@ -139,13 +139,14 @@ class AuthenticatedCall:
         self._ended = attempt
         if code is grpc.StatusCode.OK:
             self._status = None
-            self._passed()
+            if self._dealings is not None:
+                self._dealings.passed()
             self._finish()
             return
         if self._requests is not None:
             self._status = _status_now(attempt)
         if code is not grpc.StatusCode.UNAUTHENTICATED:
-            self._passed()
+            self._call.ended(code.name)
         else:
             assert self._token is not None
             replayable = (
@@ -155,10 +156,6 @@ class AuthenticatedCall:
                 self._ask(self._call.again)
                 return
         self._finish()
-
-    def _passed(self) -> None:
-        if self._dealings is not None:
-            self._dealings.passed()
 
     async def _settle_later(self, attempt: Any) -> None:
         code = await attempt.code()
@@ -251,7 +248,8 @@ class AuthenticatedCall:
         self._committed = True
         if self._requests is not None:
             self._requests.free()
-        self._passed()
+        if self._dealings is not None:
+            self._dealings.passed()
         return True
 
     # Waiting

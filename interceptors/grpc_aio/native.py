@@ -12,7 +12,7 @@ from interceptors.call import REPLAY_LIMIT, Call, Failure, carries_own_authoriza
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_aio.call import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall, local_error
 from interceptors.messages import as_it_is, size_of
-from interceptors.replay import AsyncReplayableRequests
+from interceptors.replay import AsyncReplayableRequests, asynchronous
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -114,7 +114,7 @@ class _Requests:
     """A request stream that gRPC pulls, for attempts that are given an iterator."""
 
     def __init__(self, requests: Any, limit: int) -> None:
-        source = requests.__aiter__() if hasattr(requests, "__aiter__") else _asynchronous(requests)
+        source = requests.__aiter__() if hasattr(requests, "__aiter__") else asynchronous(requests)
         self._requests: AsyncReplayableRequests[Any, Any] = AsyncReplayableRequests(source, as_it_is, size_of, limit)
 
     def attempt(self) -> AsyncIterator[Any]:
@@ -138,11 +138,6 @@ class _Requests:
 
 
 _stopping: set[Any] = set()
-
-
-async def _asynchronous(requests: Any) -> AsyncIterator[Any]:
-    for request in requests:
-        yield request
 
 
 def _is_untouched(details: Any) -> bool:

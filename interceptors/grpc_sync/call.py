@@ -169,7 +169,8 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
 
     def _settle(self, attempt: Any) -> None:
         """Decides, once, what the end of `attempt` means."""
-        refused = attempt.code() is grpc.StatusCode.UNAUTHENTICATED
+        code = attempt.code()
+        refused = code is grpc.StatusCode.UNAUTHENTICATED
         with self._changed:
             if self._over or attempt is not self._attempt or attempt is self._ended:
                 return
@@ -183,7 +184,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
                 and (self._requests is None or self._requests.rewind())
             )
         if not refused:
-            self._call.passed()
+            self._call.ended(code.name)
         elif self._call.refused(token, replayable=replayable):
             self._ask(self._call.again)
             return

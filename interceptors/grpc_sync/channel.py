@@ -461,7 +461,7 @@ def invoke_again(
         if error.code() is UNAUTHENTICATED:
             call.refused(decision.token)
         else:
-            call.passed()
+            call.ended(error.code().name)
         raise
     call.passed()
     return result
