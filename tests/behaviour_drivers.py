@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 from connect_drivers import CONNECT_WAYS, ConnectAioDriver, ConnectDriver, converse_requests, ingest_requests
 from connectrpc.errors import ConnectError
+from event_loops import LOOPS
 
 from interceptors import (
     BearerInterceptor,
@@ -139,18 +140,15 @@ class AioDriver:
         self.loop.close()
 
 
-FLAVOURS = {"grpc": SyncDriver, "aio": AioDriver}
-try:
-    import uvloop
-except ImportError:  # there is none for Windows
-    pass
-else:
+def on(loop, driver):
+    """`driver`, on another event loop than asyncio's own."""
+    return type(f"{loop}{driver.__name__}", (driver,), {"new_event_loop": staticmethod(LOOPS[loop])})
 
-    class UvloopDriver(AioDriver):
-        new_event_loop = staticmethod(uvloop.new_event_loop)
 
-    FLAVOURS["aio-uvloop"] = UvloopDriver
-FLAVOURS |= {"connect": ConnectDriver, "connect-aio": ConnectAioDriver}
+FLAVOURS = {"grpc": SyncDriver, "aio": AioDriver, "connect": ConnectDriver, "connect-aio": ConnectAioDriver}
+# What makes Connect's requests has a thread of its own, so that the loop matters little to it.
+FLAVOURS |= {f"aio-{loop}": on(loop, AioDriver) for loop in LOOPS if loop != "asyncio"}
+FLAVOURS |= {f"connect-aio-{loop}": on(loop, ConnectAioDriver) for loop in LOOPS if loop == "eager"}
 
 GRPC_WAYS = ("intercept_channel", "intercept_stub", "native")
 WAYS = {flavour: CONNECT_WAYS if flavour.startswith("connect") else GRPC_WAYS for flavour in FLAVOURS}

@@ -95,8 +95,10 @@ class ConnectDriver:
 class ConnectAioDriver:
     """ConnectClient, on an event loop in a thread."""
 
+    new_event_loop = staticmethod(asyncio.new_event_loop)
+
     def __init__(self, server, source, way, **options):
-        self.loop = asyncio.new_event_loop()
+        self.loop = self.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self.run(self._open(server, source, way, options))

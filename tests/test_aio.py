@@ -15,17 +15,10 @@ import pytest
 from behaviour_drivers import KINDS, SlowSource
 from conftest import assert_not_blocked, ticking
 from connect_drivers import event
+from event_loops import LOOPS
 
 from interceptors import StaticTokenSource, aio_bearer_interceptors, authenticated_channel, intercept_channel
 from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
-
-LOOPS = {"asyncio": asyncio.new_event_loop}
-try:
-    import uvloop
-except ImportError:  # there is none for Windows
-    pass
-else:
-    LOOPS["uvloop"] = uvloop.new_event_loop
 
 IN_TIME = 20
 

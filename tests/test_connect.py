@@ -479,22 +479,6 @@ def test_an_iterator_that_is_hard_to_end_does_not_hold_up_the_deadline(server, s
     assert asyncio.run(main()) is Code.DEADLINE_EXCEEDED
 
 
-@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="eager tasks came with Python 3.12")
-def test_tasks_may_be_eager(server, source):
-    async def main():
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
-        async with HTTPTransport(http_version=HTTPVersion.HTTP2) as transport:
-            client = event_connect.EventServiceClient(
-                server.url, http_client=Client(transport), interceptors=[ConnectBearerInterceptor(source)]
-            )
-            server.refuse_next(after_messages=2)
-            answer = await client.ingest_events(asynchronous(ingest_requests("123")), timeout_ms=10_000)
-            talk = client.stream_hook_events(asynchronous(converse_requests("456")), timeout_ms=10_000)
-            return [*answer.event_ids, *[response.event_id async for response in talk]]
-
-    assert asyncio.run(main()) == list("123456")
-
-
 def test_a_thousand_tasks_cost_one_refresh_that_does_not_block_the_loop(server, issuer, source):
     issuer.delay = 2.0
     issuer.revoke(source.token().value)
