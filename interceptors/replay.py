@@ -157,6 +157,7 @@ class ReplayableRequests(Generic[R, M]):
         """Ends the pulling of requests: the call is over."""
         with self._changing:
             self._attempt = None
+            self._kept = deque()  # an attempt that is still taking from the other one must not find it empty
 
     def _give_up(self, attempt: int) -> None:
         """More than the limit was pulled; an attempt that has begun meanwhile still has it all."""

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from interceptors.tokens import Token
 
 _LINGER_SECONDS = 5.0
+_DEAD_ALARMS_AT_LEAST = 64
+
+_lent = threading.local()
+
+
+def on_lent_thread() -> bool:
+    """Whether this thread is one that serves everybody: no user's code may run on it, which might block or end it."""
+    return getattr(_lent, "to_all", False)
 
 
 def waiter_of(source: TokenSource) -> TokenWaiter:
@@ -60,7 +68,8 @@ class TokenWaiter:
         future: Future[Token] = Future()
         if timeout is not None:
             late = TimeoutError("no token within the time limit")
-            alarms.at(time.monotonic() + timeout, lambda: settle(future, late))
+            alarm = alarms.at(time.monotonic() + timeout, lambda: settle(future, late))
+            future.add_done_callback(lambda _: alarms.forget(alarm))
         with self._condition:
             if self._running:
                 self._condition.notify()
@@ -72,6 +81,7 @@ class TokenWaiter:
         return future
 
     def _serve(self) -> None:
+        _lent.to_all = True
         while True:
             with self._condition:
                 if not self._waiting:
@@ -111,6 +121,20 @@ def settle(future: Future[Any], answer: object) -> None:
         pass
 
 
+class Alarm:
+    """What rings, and when; in the order of their times."""
+
+    __slots__ = ("order", "ring", "when")
+
+    def __init__(self, when: float, order: int, ring: Callable[[], object]) -> None:
+        self.when = when
+        self.order = order
+        self.ring: Callable[[], object] | None = ring  # None once it has rung or is forgotten
+
+    def __lt__(self, other: Alarm) -> bool:
+        return (self.when, self.order) < (other.when, other.order)
+
+
 class Alarms:
     """Calls functions at given moments, all on one thread that exists only while any is due."""
 
@@ -120,33 +144,55 @@ class Alarms:
 
     def _after_fork_in_child(self) -> None:
         self._condition = threading.Condition()
-        self._due: list[tuple[float, int, Callable[[], object]]] = []
+        self._due: list[Alarm] = []
+        self._dead = 0  # how many of them are forgotten
         self._order = itertools.count()
         self._running = False
 
-    def at(self, when: float, ring: Callable[[], object]) -> None:
+    def at(self, when: float, ring: Callable[[], object]) -> Alarm:
         """Calls `ring()` at `when` (seconds of `time.monotonic`); it must neither block nor raise."""
         with self._condition:
-            heapq.heappush(self._due, (when, next(self._order), ring))
+            alarm = Alarm(when, next(self._order), ring)
+            heapq.heappush(self._due, alarm)
             if not self._running:
                 threading.Thread(target=self._serve, name="interceptors-alarms", daemon=True).start()
                 self._running = True
-            elif self._due[0][2] is ring:
+            elif self._due[0] is alarm:
                 self._condition.notify()
+            return alarm
+
+    def forget(self, alarm: Alarm) -> None:
+        """Does not call it any more, and holds on to nothing that it held."""
+        with self._condition:
+            if alarm.ring is None:
+                return
+            alarm.ring = None
+            self._dead += 1
+            # Calls with long deadlines end early: theirs must not pile up.
+            if self._dead > _DEAD_ALARMS_AT_LEAST and self._dead > len(self._due) // 2:
+                self._due = [alarm for alarm in self._due if alarm.ring is not None]
+                heapq.heapify(self._due)
+                self._dead = 0
 
     def _serve(self) -> None:
+        _lent.to_all = True
         while True:
             with self._condition:
                 if not self._due:
                     self._running = False
                     return
-                when, _, ring = self._due[0]
-                early = when - time.monotonic()
+                alarm = self._due[0]
+                early = alarm.when - time.monotonic() if alarm.ring is not None else 0.0
                 if early > 0:
                     self._condition.wait(min(early, threading.TIMEOUT_MAX))
                     continue
                 heapq.heappop(self._due)
+                ring, alarm.ring = alarm.ring, None
+                if ring is None:
+                    self._dead -= 1
+                    continue
             ring()
+            del ring, alarm
 
 
 alarms = Alarms()

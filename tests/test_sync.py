@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import queue
+import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +17,15 @@ from behaviour_drivers import SlowSource
 from conftest import eventually
 from connect_drivers import event
 
-from interceptors import BearerInterceptor, StaticTokenSource, TokenSource, intercept_channel, intercept_stub
+from interceptors import (
+    BearerInterceptor,
+    CallableTokenSource,
+    LoginRequired,
+    StaticTokenSource,
+    TokenSource,
+    intercept_channel,
+    intercept_stub,
+)
 from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
 
 REQUEST = heartbeat_pb2.HeartbeatRequest(session_id="s", sequence=7)
@@ -44,6 +54,16 @@ def stubs(request, server, source):
     stubs = Stubs(server, source, request.param)
     yield stubs
     stubs.channel.close()
+
+
+class Telling(TokenSource):
+    """Has an error instead of a token."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def token(self, *, timeout=None):
+        raise self._error
 
 
 @pytest.fixture
@@ -228,27 +248,252 @@ def test_cancelling_stops_the_pulling_of_requests(stubs, server):
     call = stubs.events.StreamHookEvents(requests(), timeout=20)
     assert next(call).event_id == "0"
     call.cancel()
-    del call
-    count = -1
-
-    def still():
-        nonlocal count
-        count, before = pulled.qsize(), count
-        return count == before
-
-    eventually(still)
-    assert count < 100_000
+    # The iterator is closed as well, although the call is still held.
+    assert ended.wait(10)
+    assert pulled.qsize() < 100_000
+    assert call.cancelled()
 
 
-def test_a_call_that_nobody_holds_any_more_is_cancelled(server, source):
-    stubs = Stubs(server, source)
-    call = stubs.heartbeats.WatchSession(heartbeat_pb2.WatchSessionRequest(session_id="s"), timeout=20)
-    next(call)
+def test_a_call_that_is_over_does_not_keep_the_callers_iterator(stubs, server):
+    ended = threading.Event()
+
+    def requests():
+        try:
+            yield from uploads("1")
+            yield from uploads("2")
+        finally:
+            ended.set()
+
+    server.refuse_next(after_messages=1, code="INVALID_ARGUMENT")
+    future = stubs.events.IngestEvents.future(requests(), timeout=20)
+    assert future.exception(10).code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert ended.wait(10)
+
+
+@pytest.mark.parametrize("way", ["intercept_channel", "intercept_stub"])
+def test_a_call_that_is_over_does_not_keep_its_messages(server, source, way):
+    stubs = Stubs(server, source, way)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        kept = []
+        for _ in range(20):
+            large = heartbeat_pb2.HeartbeatRequest(session_id="s" * 200_000)
+            kept.append(stubs.heartbeats.Heartbeat.future(large, timeout=20))
+            kept.append(stubs.events.IngestEvents.future(uploads(*["e" * 10_000] * 10), timeout=20))
+            kept[-2].result(20)
+            kept[-1].result(20)
+        del large
+        server.calls.clear()
+        gc.collect()
+        # Responses of 2 MB, not requests of 6 MB.
+        eventually(lambda: tracemalloc.get_traced_memory()[0] - before < 4_000_000)
+    finally:
+        tracemalloc.stop()
+    stubs.channel.close()
+
+
+class Abandoned(heartbeat_pb2_grpc.HeartbeatServiceServicer):
+    """Sees that a client gives up a call."""
+
+    def __init__(self):
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    def Heartbeat(self, request, context):  # noqa: N802 - gRPC's names, here and below
+        context.add_callback(self.ended.set)
+        self.begun.set()
+        self.ended.wait(20)
+        return heartbeat_pb2.HeartbeatResponse()
+
+    def WatchSession(self, request, context):  # noqa: N802
+        context.add_callback(self.ended.set)
+        yield heartbeat_pb2.WatchSessionResponse(sequence=1)
+        self.begun.set()
+        self.ended.wait(20)
+
+
+@pytest.mark.parametrize("kind", ["future", "stream"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_that_nobody_holds_any_more_is_cancelled(way, kind):
+    servicer = Abandoned()
+    server = grpc.server(ThreadPoolExecutor(2))
+    heartbeat_pb2_grpc.add_HeartbeatServiceServicer_to_server(servicer, server)
+    server.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    stubs = Stubs(server, StaticTokenSource("token"), way)
+    if kind == "future":
+        call = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=20)
+    else:
+        call = stubs.heartbeats.WatchSession(WATCH, timeout=20)
+        next(call)
+    assert servicer.begun.wait(10)
     gone = weakref.ref(call)
     del call
     gc.collect()
     assert gone() is None
+    assert servicer.ended.wait(10)
     stubs.channel.close()
+    server.stop(None).wait()
+
+
+# Waiting for a token
+
+
+def test_callbacks_may_block_without_holding_up_other_calls(server, slow):
+    """Not even where a call ends because its time is up while it waits for a token."""
+    slow.reject(slow.peek())
+    slow.hold()
+    stubs = Stubs(server, slow)
+    blocked, called = threading.Event(), threading.Event()
+    first = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=0.05)
+    first.add_done_callback(lambda _: (called.set(), blocked.wait(20)))
+    assert called.wait(10)
+    second = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=0.05)
+    assert second.exception(10).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    blocked.set()
+    stubs.channel.close()
+
+
+def test_a_callback_may_make_a_call_that_waits_for_the_same_source(server, issuer):
+    answers = iter([OSError("the issuer is down")])
+
+    def token(force_refresh):
+        for error in answers:
+            raise error
+        return issuer.session().access_token
+
+    stubs = Stubs(server, CallableTokenSource(token))
+    seen, called = [], threading.Event()
+
+    def callback(future):
+        seen.append(stubs.heartbeats.Heartbeat(REQUEST, timeout=10).sequence)
+        called.set()
+
+    future = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=10)
+    future.add_done_callback(callback)
+    assert future.exception(10).code() is grpc.StatusCode.UNAVAILABLE
+    assert called.wait(10)
+    assert seen == [7]
+    stubs.channel.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callback_that_exits_ends_no_thread_of_ours(server, slow):
+    slow.reject(slow.peek())
+    slow.hold()
+    stubs = Stubs(server, slow)
+    called = threading.Event()
+
+    def leave(_):
+        called.set()
+        sys.exit()
+
+    first = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=0.05)
+    first.add_done_callback(leave)
+    assert called.wait(10)
+    second = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=0.05)
+    assert second.exception(10).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    stubs.channel.close()
+
+
+def test_calls_that_ended_before_their_deadline_leave_nothing_behind(server, issuer):
+    value = issuer.session().access_token
+    source = CallableTokenSource(lambda force_refresh: value)
+    stubs = Stubs(server, source)
+    for _ in range(3):
+        stubs.heartbeats.Heartbeat.future(REQUEST, timeout=3600).result(10)
+    stubs.channel.close()
+    gone = weakref.ref(source)
+    del source, stubs
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("phase", ["the first token", "the refresh"])
+@pytest.mark.parametrize("closing", ["close", "with"])
+def test_closing_the_channel_ends_calls_that_wait_for_a_token(server, slow, phase, closing):
+    slow.hold()
+    stubs = Stubs(server, slow)
+    if phase == "the refresh":
+        server.refuse_next()
+    else:
+        slow.reject(slow.peek())
+    future = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=20)
+    assert slow.waited_for(0)
+    if closing == "close":
+        stubs.channel.close()
+    else:
+        with stubs.channel:
+            pass
+    assert future.exception(10).code() is grpc.StatusCode.CANCELLED
+    assert "Channel closed" in future.details()
+
+
+def test_a_single_threaded_stream_without_a_token_yet_can_be_asked_without_hanging(server, slow):
+    slow.reject(slow.peek())
+    slow.hold()
+    options = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
+    with grpc.insecure_channel(server.target, options=options) as plain:
+        stub = heartbeat_pb2_grpc.HeartbeatServiceStub(intercept_channel(plain, slow))
+        call = stub.WatchSession(WATCH, timeout=20)
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(call.code)
+            assert slow.waited_for(0)
+            slow.release()
+            assert type(asking.exception(10)).__name__ == "UsageError"
+        assert [response.sequence for response in call] == [1, 2, 3]
+
+
+def test_an_error_that_no_server_sent_has_all_that_grpcs_errors_have(server):
+    stubs = Stubs(server, Telling(LoginRequired("nobody is logged in")))
+    with pytest.raises(grpc.RpcError) as caught:
+        stubs.heartbeats.Heartbeat(REQUEST)
+    error = caught.value
+    assert isinstance(error, grpc.Call)
+    assert isinstance(error, grpc.Future)
+    called = []
+    error.add_done_callback(called.append)
+    assert called == [error]
+    assert (error.done(), error.running(), error.cancelled()) == (True, False, False)
+    assert error.exception() is error
+    assert error.traceback() is not None
+    with pytest.raises(grpc.RpcError):
+        error.result()
+    stubs.channel.close()
+
+
+# What interceptors beneath do
+
+
+class Raising(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInterceptor):
+    def __init__(self, error):
+        self.error = error
+
+    def intercept_unary_unary(self, continuation, client_call_details, request):
+        raise self.error
+
+    intercept_stream_unary = intercept_unary_unary
+
+
+@pytest.mark.parametrize("error", [grpc.RpcError("the circuit is open"), RuntimeError("beneath")])
+def test_what_an_interceptor_beneath_raises_is_the_callers(server, source, error):
+    with grpc.insecure_channel(server.target) as plain:
+        channel = intercept_channel(grpc.intercept_channel(plain, Raising(error)), source)
+        heartbeats = heartbeat_pb2_grpc.HeartbeatServiceStub(channel)
+        events = event_pb2_grpc.EventServiceStub(channel)
+        for call in (
+            lambda: heartbeats.Heartbeat(REQUEST),
+            lambda: heartbeats.Heartbeat.with_call(REQUEST),
+            lambda: events.IngestEvents(uploads("1")),
+        ):
+            with pytest.raises(type(error)) as caught:
+                call()
+            assert caught.value is error
+        if not isinstance(error, grpc.RpcError):
+            future = heartbeats.Heartbeat.future(REQUEST)
+            assert future.exception(10) is error
+            with pytest.raises(RuntimeError, match="beneath"):
+                future.result(10)
 
 
 # Streams

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 import grpc
 
 from interceptors.call import Call, Failure, Send, Surface
-from interceptors.waiting import waiter_of
+from interceptors.waiting import on_lent_thread, waiter_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
     from types import TracebackType
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("interceptors")
 
 _CANCELLED_DETAILS: Final = "Locally cancelled by application!"
+_CLOSED_DETAILS: Final = "Channel closed!"
 _TRAILERS_ONLY_SECONDS: Final = 0.05
 
 
@@ -44,7 +45,7 @@ class Attempt(Protocol):
     def __next__(self) -> Any: ...
 
 
-class LocalError(grpc.RpcError, grpc.Call):
+class LocalError(grpc.RpcError, grpc.Call, grpc.Future):
     """The end of a call that no server has decided: no token, no time left, or cancelled between two attempts."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
@@ -82,11 +83,26 @@ class LocalError(grpc.RpcError, grpc.Call):
     def cancelled(self) -> bool:
         return self._code is grpc.StatusCode.CANCELLED
 
+    def running(self) -> bool:
+        return False
+
     def done(self) -> bool:
         return True
 
-    def add_callback(self, callback: Callable[[], None]) -> bool:  # noqa: ARG002 - it is over
+    def result(self, timeout: float | None = None) -> NoReturn:  # noqa: ARG002 - it is over, here and below
+        raise self
+
+    def exception(self, timeout: float | None = None) -> LocalError:  # noqa: ARG002
+        return self
+
+    def traceback(self, timeout: float | None = None) -> TracebackType | None:  # noqa: ARG002
+        return _traceback_of(self)
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:  # noqa: ARG002
         return False
+
+    def add_done_callback(self, fn: Callable[[Any], None]) -> None:
+        fn(self)
 
     def __repr__(self) -> str:
         return (
@@ -112,6 +128,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         start: Starts an attempt with a token, in so many seconds (None: no limit); must not block.
         call: The call's dealings with its source.
         requests: The request stream, if the call has one.
+        waiting: Where the call is noted while it waits for a token.
         blocking_start: Whether `start` may block after all, so that it needs a thread of its own.
     """
 
@@ -122,14 +139,16 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         call: Call,
         requests: ReplayableRequests[Any, Any] | None = None,
         *,
+        waiting: WaitingCalls | None = None,
         blocking_start: bool = False,
     ) -> None:
         super().__init__()
         self._blocking_start = blocking_start
         self._source = source
-        self._start = start
+        self._start: Callable[[Token, float | None], Attempt] | None = start
         self._call = call
         self._requests = requests
+        self._waiting = waiting
         self._changed = threading.Condition()
         self._attempt: Any = None  # the latest; an `Attempt` with whatever else its class can do
         self._token: Token | None = None  # what it carries
@@ -145,6 +164,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         if token is None:
             self._ask(self._call.begin)
         else:
+            assert self._start is not None
             self.adopt(token, self._start(token, timeout))
 
     def adopt(self, token: Token, attempt: Any) -> None:
@@ -156,8 +176,8 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
     # Attempts, one after the other
 
     def _watch(self, attempt: Attempt) -> None:
-        # Weakly, so that a call which nobody holds any more is cancelled, as gRPC does it.
-        ended = functools.partial(_attempt_ended, weakref.ref(self), attempt)
+        # Weakly, so that a call which nobody holds any more is cancelled, as gRPC does it when an attempt is collected.
+        ended = functools.partial(_attempt_ended, weakref.ref(self), weakref.ref(attempt))
         try:
             over = is_done(attempt) or not attempt.add_callback(ended)
         except NotImplementedError:
@@ -202,6 +222,8 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
                 pending.cancel()
                 return
             self._pending = pending
+        if self._waiting is not None:
+            self._waiting.add(self)
         pending.add_done_callback(functools.partial(_token_came, weakref.ref(self), decide))
 
     def _go_on(self, decision: Send | Failure | Surface) -> None:
@@ -217,10 +239,11 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
 
     def _send(self, send: Send) -> None:
         with self._changed:
-            if self._over:
-                return
+            start = self._start
+        if start is None:  # the call is over
+            return
         try:
-            attempt = self._start(send.token, send.timeout)
+            attempt = start(send.token, send.timeout)
         except Exception as error:  # noqa: BLE001 - a closed channel, for example; nobody is there to raise it to
             closed = LocalError(grpc.StatusCode.CANCELLED, f"the call could not be started: {type(error).__name__}")
             self._end(None if self._attempt is not None else closed, error)
@@ -251,17 +274,20 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         self._pending = None
         if self._requests is not None:
             self._requests.stop()
+        # Whoever keeps a call that is over does not keep its messages and the caller's iterator.
+        self._requests = self._start = None
+        if self._waiting is not None:
+            self._waiting.discard(self)
         self._changed.notify_all()
 
     def _run_callbacks(self) -> None:
         with self._changed:
             callbacks, self._callbacks = self._callbacks, None
         _pinned.discard(self)
-        for callback in callbacks or ():
-            try:
-                callback()
-            except Exception:  # noqa: BLE001 - as gRPC does it: no thread of its or ours may die of a user's callback
-                _log.exception("Exception in callback %r", callback)
+        if callbacks and on_lent_thread():
+            threading.Thread(target=_run_each, args=(callbacks,), name="interceptors-callbacks", daemon=True).start()
+        else:
+            _run_each(callbacks or ())
 
     def _commit(self, attempt: Any) -> bool:
         """The caller receives the first response of `attempt`; False if another attempt has taken its place."""
@@ -269,8 +295,9 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
             if attempt is not self._attempt or (attempt is self._ended and not self._over):
                 return False
             self._committed = True
-        if self._requests is not None:
-            self._requests.free()
+            requests = self._requests
+        if requests is not None:
+            requests.free()
         self._call.passed()
         return True
 
@@ -286,11 +313,12 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
         """The final attempt, once it is over. gRPC's single-threaded streams are asked at once: they never block."""
         self._notice()
         with self._changed:
-            if not self._over and _is_single_threaded(self._attempt) and self._attempt is not self._ended:
-                return self._attempt
-            if not self._changed.wait_for(lambda: self._over, timeout):
+            if not self._changed.wait_for(lambda: self._over or self._is_driven_by_its_reader(), timeout):
                 raise grpc.FutureTimeoutError
             return self._attempt
+
+    def _is_driven_by_its_reader(self) -> bool:
+        return _is_single_threaded(self._attempt) and self._attempt is not self._ended
 
     def _is_over(self, attempt: Any) -> bool:
         return self._over or self._ended is attempt
@@ -379,14 +407,19 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
             self._cancelled = True
             attempt = None if self._attempt is self._ended else self._attempt
             pending = self._pending
-        if self._requests is not None:
-            self._requests.stop()
+            requests = self._requests
+        if requests is not None:
+            requests.stop()
         if attempt is not None:
             return bool(attempt.cancel())
         if pending is not None:
             pending.cancel()
         self._end(LocalError(grpc.StatusCode.CANCELLED, _CANCELLED_DETAILS), None)
         return True
+
+    def channel_closed(self) -> None:
+        """Ends the call, which waits for a token that nothing can be sent with any more."""
+        self._end(LocalError(grpc.StatusCode.CANCELLED, _CLOSED_DETAILS), None)
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         """See `grpc.RpcContext.add_callback`."""
@@ -425,14 +458,9 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
     def traceback(self, timeout: float | None = None) -> TracebackType | None:
         """See `grpc.Future.traceback`."""
         outcome = self._outcome(timeout)
-        if outcome is None:
-            return None
-        try:
-            raise outcome from outcome.__cause__
-        except grpc.RpcError as error:
-            return error.__traceback__
+        return None if outcome is None else _traceback_of(outcome)
 
-    def _outcome(self, timeout: float | None) -> AuthenticatedCall | None:
+    def _outcome(self, timeout: float | None) -> Exception | None:
         attempt = self._when_over(timeout)
         if not self._over:
             attempt.result()  # raises gRPC's own UsageError
@@ -440,7 +468,9 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
             return None
         if self._cancelled:
             raise grpc.FutureCancelledError
-        return self
+        # An interceptor beneath may have failed with something that is no gRPC error.
+        said = attempt.exception() if hasattr(attempt, "exception") else None
+        return self if said is None or isinstance(said, grpc.RpcError) else said
 
     def add_done_callback(self, fn: Callable[[Any], None]) -> None:
         """See `grpc.Future.add_done_callback`."""
@@ -456,8 +486,33 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
     __str__ = __repr__
 
     def __del__(self) -> None:
-        if not self._over and self._requests is not None:
-            self._requests.stop()
+        requests = self._requests
+        if requests is not None:
+            requests.stop()
+
+
+class WaitingCalls:
+    """The calls of a channel that wait for a token: gRPC, which has none of them at that time, cannot end them."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, weakref.ref[AuthenticatedCall]] = {}
+
+    def add(self, call: AuthenticatedCall) -> None:
+        """Notes a call."""
+        number = id(call)
+        self._calls[number] = weakref.ref(call, lambda _: self._calls.pop(number, None))
+
+    def discard(self, call: AuthenticatedCall) -> None:
+        """Forgets a call."""
+        self._calls.pop(id(call), None)
+
+    def channel_closed(self) -> None:
+        """Ends them all."""
+        while self._calls:
+            _, call_of = self._calls.popitem()
+            call = call_of()
+            if call is not None:
+                call.channel_closed()
 
 
 # Calls whose users wait to be called back and may hold no other reference.
@@ -486,9 +541,24 @@ def _is_known_to_be_done(attempt: Any) -> bool:
         return False
 
 
-def _attempt_ended(call_of: weakref.ref[AuthenticatedCall], attempt: Attempt) -> None:
-    call = call_of()
-    if call is None:
+def _run_each(callbacks: Iterable[Callable[[], Any]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:  # noqa: BLE001 - as gRPC does it: no thread of its or ours may die of a user's callback
+            _log.exception("Exception in callback %r", callback)
+
+
+def _traceback_of(outcome: Exception) -> TracebackType | None:
+    try:
+        raise outcome from outcome.__cause__
+    except Exception as error:  # noqa: BLE001 - it is `outcome`
+        return error.__traceback__
+
+
+def _attempt_ended(call_of: weakref.ref[AuthenticatedCall], attempt_of: weakref.ref[Any]) -> None:
+    call, attempt = call_of(), attempt_of()
+    if call is None or attempt is None:
         return
     try:
         call._settle(attempt)  # noqa: SLF001

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import grpc
 
 from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
-from interceptors.grpc_sync.call import AuthenticatedCall, is_native, local_error
+from interceptors.grpc_sync.call import AuthenticatedCall, WaitingCalls, is_native, local_error
 from interceptors.messages import as_it_is, log_unserialisable, prepared, size_of, snapshot
 from interceptors.replay import ReplayableRequests
 
@@ -40,6 +40,7 @@ class AuthenticatedChannel(grpc.Channel):
         self._channel = channel
         self._source = source
         self._replay_limit = replay_limit
+        self._waiting = WaitingCalls()
 
     def _multicallable(
         self, kind: str, method: str, serializer: Any, deserializer: Any, options: dict[str, Any]
@@ -57,7 +58,7 @@ class AuthenticatedChannel(grpc.Channel):
         """See `grpc.Channel.unary_unary`."""
         options = _registered(args, options)
         inner, prepare = self._multicallable("unary_unary", method, request_serializer, response_deserializer, options)
-        return UnaryUnary(inner, self._source, prepare)
+        return UnaryUnary(inner, self._source, prepare, self._waiting)
 
     def unary_stream(
         self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
@@ -65,7 +66,7 @@ class AuthenticatedChannel(grpc.Channel):
         """See `grpc.Channel.unary_stream`."""
         options = _registered(args, options)
         inner, prepare = self._multicallable("unary_stream", method, request_serializer, response_deserializer, options)
-        return UnaryStream(inner, self._source, prepare)
+        return UnaryStream(inner, self._source, prepare, self._waiting)
 
     def stream_unary(
         self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
@@ -73,7 +74,7 @@ class AuthenticatedChannel(grpc.Channel):
         """See `grpc.Channel.stream_unary`."""
         options = _registered(args, options)
         inner, prepare = self._multicallable("stream_unary", method, request_serializer, response_deserializer, options)
-        return StreamUnary(inner, self._source, prepare, self._replay_limit)
+        return StreamUnary(inner, self._source, prepare, self._replay_limit, self._waiting)
 
     def stream_stream(
         self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
@@ -83,7 +84,7 @@ class AuthenticatedChannel(grpc.Channel):
         inner, prepare = self._multicallable(
             "stream_stream", method, request_serializer, response_deserializer, options
         )
-        return StreamStream(inner, self._source, prepare, self._replay_limit)
+        return StreamStream(inner, self._source, prepare, self._replay_limit, self._waiting)
 
     def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool = False) -> None:
         """See `grpc.Channel.subscribe`."""
@@ -96,6 +97,7 @@ class AuthenticatedChannel(grpc.Channel):
     def close(self) -> None:
         """See `grpc.Channel.close`. The source is left open: it may serve other channels."""
         self._channel.close()
+        self._waiting.channel_closed()
 
     def __enter__(self) -> Self:
         self._channel.__enter__()
@@ -104,7 +106,10 @@ class AuthenticatedChannel(grpc.Channel):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return self._channel.__exit__(kind, error, traceback)
+        try:
+            return self._channel.__exit__(kind, error, traceback)
+        finally:
+            self._waiting.channel_closed()
 
     def __getattr__(self, name: str) -> Any:
         # What gRPC has added to its channels and tools beside it rely on.
@@ -119,12 +124,19 @@ class AuthenticatedChannel(grpc.Channel):
 class UnaryUnary(grpc.UnaryUnaryMultiCallable):
     """Unary calls that carry tokens."""
 
-    __slots__ = ("_inner", "_peek", "_prepare", "_source")
+    __slots__ = ("_inner", "_peek", "_prepare", "_source", "_waiting")
 
-    def __init__(self, inner: grpc.UnaryUnaryMultiCallable, source: TokenSource, prepare: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        inner: grpc.UnaryUnaryMultiCallable,
+        source: TokenSource,
+        prepare: Callable[[Any], Any],
+        waiting: WaitingCalls | None = None,
+    ) -> None:
         self._inner = inner
         self._source = source
         self._prepare = prepare
+        self._waiting = waiting
         self._peek = source.peek
 
     def __call__(
@@ -152,7 +164,7 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
                 return self._inner(message, timeout, token.metadata)
             return self._inner(message, timeout, token.metadata, None, wait_for_ready, compression)
         except grpc.RpcError as error:
-            if error.code() is not UNAUTHENTICATED:
+            if code_of(error) is not UNAUTHENTICATED:
                 raise
             refusal = error
         try:
@@ -196,7 +208,7 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
         try:
             return _start_attempt(start, metadata, token, timeout)
         except grpc.RpcError as error:
-            if error.code() is not UNAUTHENTICATED:
+            if code_of(error) is not UNAUTHENTICATED:
                 raise
             refusal = error
         try:
@@ -232,20 +244,26 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
             timeout,
             metadata,
             credentials,
+            self._waiting,
         )
 
 
 class UnaryStream(grpc.UnaryStreamMultiCallable):
     """Server streams that carry tokens."""
 
-    __slots__ = ("_inner", "_prepare", "_source")
+    __slots__ = ("_inner", "_prepare", "_source", "_waiting")
 
     def __init__(
-        self, inner: grpc.UnaryStreamMultiCallable, source: TokenSource, prepare: Callable[[Any], Any]
+        self,
+        inner: grpc.UnaryStreamMultiCallable,
+        source: TokenSource,
+        prepare: Callable[[Any], Any],
+        waiting: WaitingCalls | None = None,
     ) -> None:
         self._inner = inner
         self._source = source
         self._prepare = prepare
+        self._waiting = waiting
 
     def __call__(
         self,
@@ -264,13 +282,14 @@ class UnaryStream(grpc.UnaryStreamMultiCallable):
             timeout,
             metadata,
             credentials,
+            self._waiting,
         )
 
 
 class StreamUnary(grpc.StreamUnaryMultiCallable):
     """Client streams that carry tokens."""
 
-    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source")
+    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source", "_waiting")
 
     def __init__(
         self,
@@ -278,11 +297,13 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):
         source: TokenSource,
         prepare: Callable[[Any], Any],
         replay_limit: int,
+        waiting: WaitingCalls | None = None,
     ) -> None:
         self._inner = inner
         self._source = source
         self._prepare = prepare
         self._replay_limit = replay_limit
+        self._waiting = waiting
 
     def __call__(
         self,
@@ -339,7 +360,7 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):
         try:
             return attempt(token, timeout)
         except grpc.RpcError as error:
-            if error.code() is not UNAUTHENTICATED:
+            if code_of(error) is not UNAUTHENTICATED:
                 raise
             refusal = error
         except ValueError as error:
@@ -370,13 +391,14 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):
             timeout,
             metadata,
             credentials,
+            self._waiting,
         )
 
 
 class StreamStream(grpc.StreamStreamMultiCallable):
     """Bidirectional streams that carry tokens."""
 
-    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source")
+    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source", "_waiting")
 
     def __init__(
         self,
@@ -384,11 +406,13 @@ class StreamStream(grpc.StreamStreamMultiCallable):
         source: TokenSource,
         prepare: Callable[[Any], Any],
         replay_limit: int,
+        waiting: WaitingCalls | None = None,
     ) -> None:
         self._inner = inner
         self._source = source
         self._prepare = prepare
         self._replay_limit = replay_limit
+        self._waiting = waiting
 
     def __call__(
         self,
@@ -407,6 +431,7 @@ class StreamStream(grpc.StreamStreamMultiCallable):
             timeout,
             metadata,
             credentials,
+            self._waiting,
         )
 
 
@@ -458,13 +483,20 @@ def invoke_again(
     try:
         result = attempt(decision.token, decision.timeout)
     except grpc.RpcError as error:
-        if error.code() is UNAUTHENTICATED:
+        code = code_of(error)
+        if code is UNAUTHENTICATED:
             call.refused(decision.token)
-        else:
-            call.ended(error.code().name)
+        elif code is not None:
+            call.ended(code.name)
         raise
     call.passed()
     return result
+
+
+def code_of(error: grpc.RpcError) -> grpc.StatusCode | None:
+    """The status that `error` tells of; None if it is a bare one, as interceptors may raise it."""
+    code = getattr(error, "code", None)
+    return None if code is None else code()
 
 
 def start_call(
@@ -473,6 +505,7 @@ def start_call(
     timeout: float | None,
     metadata: Any,
     credentials: Any,
+    waiting: WaitingCalls | None,
 ) -> Any:
     """Starts a call with one request; `invoke(timeout, metadata, credentials)` starts an attempt. Never waits."""
     metadata = None if metadata is None else tuple(metadata)
@@ -482,6 +515,7 @@ def start_call(
         source,
         functools.partial(_start_attempt, invoke, metadata),
         Call(source, deadline_of(timeout)),
+        waiting=waiting,
     )
     call.begin(source.peek(), timeout)
     return call
@@ -494,6 +528,7 @@ def start_streaming_call(
     timeout: float | None,
     metadata: Any,
     credentials: Any,
+    waiting: WaitingCalls | None,
 ) -> Any:
     """`start_call` for a request stream; `invoke` takes the requests first."""
     metadata = None if metadata is None else tuple(metadata)
@@ -505,6 +540,7 @@ def start_streaming_call(
         functools.partial(_start_streaming_attempt, invoke, requests, metadata),
         Call(source, deadline_of(timeout)),
         requests,
+        waiting=waiting,
     )
     call.begin(source.peek(), timeout)
     return call
