@@ -94,6 +94,8 @@ class Call:
         if remaining == 0.0 or (remaining is not None and isinstance(answer, TimeoutError)):
             return _deadline_exceeded(answer)
         if isinstance(answer, Token):
+            # It may come of a refresh that another call's refusal has forced.
+            self._unconfirmed = answer
             return Send(answer, remaining)
         return no_token(_as_error(answer))
 

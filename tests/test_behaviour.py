@@ -166,6 +166,14 @@ def test_rule_5_over_the_replay_limit_the_refusal_is_the_callers_and_the_next_ca
         assert server.event_ids == [str(i) for i in range(60)]
 
 
+def test_after_a_refusal_that_could_not_be_retried_the_next_revoked_token_is_replaced_at_once(call, issuer, source):
+    source.reject(source.token())
+    call()
+    issuer.revoke(source.token().value)
+    call()
+    assert source.stats.reactive == 2
+
+
 def test_rule_6_nothing_is_retried_after_the_first_response_and_the_source_is_told(driver, server, source):
     server.refuse_next(after_messages=2)
     seen, error = driver.first_responses(5)

@@ -52,12 +52,30 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_call_that_is_not_refused_tells_the_source_nothing(clock):
+def test_a_call_with_a_fresh_token_that_is_not_refused_tells_the_source_nothing(clock):
+    source = Told()
+    Call(source, None).passed()
+    assert source.heard == []
+
+
+def test_a_call_that_had_to_wait_for_its_token_tells_the_source_once_that_it_is_good(clock):
     source = Told()
     call = Call(source, None)
     assert call.begin(OLD) == Send(OLD, None)
     call.passed()
+    call.passed()
+    assert source.heard == [("accept", "old")]
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"])
+def test_an_end_that_says_nothing_of_the_token_does_not_vouch_for_it(clock, code):
+    source = Told()
+    call = Call(source, None)
+    call.begin(OLD)
+    call.ended(code)
     assert source.heard == []
+    call.ended("PERMISSION_DENIED")
+    assert source.heard == [("accept", "old")]
 
 
 def test_a_refused_call_is_sent_once_more_with_another_token_which_is_accepted_once(clock):

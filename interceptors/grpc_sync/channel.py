@@ -169,7 +169,8 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
             refusal = error
         try:
             start = functools.partial(_invoke, self._inner, message, wait_for_ready, compression)
-            return self._again(start, None, token, deadline, refusal)
+            attempt = functools.partial(_start_attempt, start, None)
+            return invoke_again(Call(self._source, deadline), token, refusal, attempt)
         finally:
             del refusal  # breaks the cycle of error, traceback and this frame
 
@@ -201,31 +202,21 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
         metadata = None if metadata is None else tuple(metadata)
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
             return start(timeout, metadata, credentials)
-        deadline = deadline_of(timeout)
+        call = Call(self._source, deadline_of(timeout))
         token = self._peek()
         if token is None:
-            token, timeout = first_token(Call(self._source, deadline))
+            token, timeout = first_token(call)
+        attempt = functools.partial(_start_attempt, start, metadata)
         try:
-            return _start_attempt(start, metadata, token, timeout)
+            return attempted(call, attempt, token, timeout)
         except grpc.RpcError as error:
             if code_of(error) is not UNAUTHENTICATED:
                 raise
             refusal = error
         try:
-            return self._again(start, metadata, token, deadline, refusal)
+            return invoke_again(call, token, refusal, attempt)
         finally:
             del refusal
-
-    def _again(
-        self,
-        start: Callable[[float | None, Any, Any], Any],
-        metadata: tuple[Any, ...] | None,
-        token: Token,
-        deadline: float | None,
-        refusal: grpc.RpcError,
-    ) -> Any:
-        attempt = functools.partial(_start_attempt, start, metadata)
-        return invoke_again(Call(self._source, deadline), token, refusal, attempt)
 
     def future(
         self,
@@ -358,7 +349,7 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):
 
         refusal = None
         try:
-            return attempt(token, timeout)
+            return attempted(call, attempt, token, timeout)
         except grpc.RpcError as error:
             if code_of(error) is not UNAUTHENTICATED:
                 raise
@@ -481,12 +472,20 @@ def invoke_again(
     if not isinstance(decision, Send):
         raise refusal from decision.cause
     try:
-        result = attempt(decision.token, decision.timeout)
+        return attempted(call, attempt, decision.token, decision.timeout)
+    except grpc.RpcError as error:
+        if code_of(error) is UNAUTHENTICATED:
+            call.refused(decision.token)
+        raise
+
+
+def attempted(call: Call, attempt: Callable[[Token, float | None], Any], token: Token, timeout: float | None) -> Any:
+    """What a blocking attempt returns; `call` hears how it ended, unless it was refused."""
+    try:
+        result = attempt(token, timeout)
     except grpc.RpcError as error:
         code = code_of(error)
-        if code is UNAUTHENTICATED:
-            call.refused(decision.token)
-        elif code is not None:
+        if code is not None and code is not UNAUTHENTICATED:
             call.ended(code.name)
         raise
     call.passed()
