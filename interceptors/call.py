@@ -83,10 +83,17 @@ class Call:
 
     async def ask_async(self) -> Token | BaseException:
         """The source's answer, waited for by this task."""
+        import asyncio
+
         try:
             return await self._source.token_async(timeout=self.remaining())
         except Exception as error:  # noqa: BLE001 - as in ask
             return error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return error  # something that the source has waited for was cancelled, and not this task
 
     def begin(self, answer: Token | BaseException) -> Send | Failure:
         """What to do with the source's answer before the first attempt."""

@@ -234,6 +234,11 @@ class AsyncReplayableRequests(Generic[R, M]):
         """What the present attempt is to send; nothing once the call is over."""
         return _AsyncAttempt(self, self._attempt)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the caller's iterator has ended."""
+        return self._log.exhausted
+
     def rewind(self) -> bool:
         """Ends the present attempt's iterator and keeps everything for another; False if not all is there any more."""
         if self._attempt is None:

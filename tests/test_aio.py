@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import time
@@ -12,12 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import grpc.aio
 import pytest
+from abandoned import serving_the_abandoned
 from behaviour_drivers import KINDS, SlowSource
 from conftest import assert_not_blocked, ticking
 from connect_drivers import event
 from event_loops import LOOPS
 
-from interceptors import StaticTokenSource, aio_bearer_interceptors, authenticated_channel, intercept_channel
+from interceptors import (
+    StaticTokenSource,
+    TokenSource,
+    aio_bearer_interceptors,
+    authenticated_channel,
+    intercept_channel,
+)
 from interceptors.gen.kontext.agent.v1 import event_pb2, event_pb2_grpc, heartbeat_pb2, heartbeat_pb2_grpc
 
 IN_TIME = 20
@@ -524,22 +532,56 @@ def test_a_call_that_nobody_awaits_is_made_again_all_the_same(run, server, sourc
     run(main)
 
 
+@pytest.mark.parametrize("way", ["intercept_channel", "native"])
 @pytest.mark.parametrize("kind", ["server_stream", "bidi"])
-def test_a_stream_that_nobody_holds_any_more_is_cancelled(run, server, source, kind):
+def test_a_stream_that_nobody_holds_any_more_is_cancelled(run, kind, way):
     async def main():
-        async with Client(server.target, source) as client:
-            if kind == "bidi":
-                call = client.events.StreamHookEvents()
-                await call.write(event_pb2.StreamHookEventsRequest(event=event(1)))
-            else:
-                call = client.watch(0)
-            assert await call.read()
-            gone = weakref.ref(call)
-            del call
-            gc.collect()
-            assert gone() is None
+        with serving_the_abandoned() as server:
+            async with Client(server.target, StaticTokenSource("token"), way) as client:
+                if kind == "bidi":
+                    call = client.events.StreamHookEvents()
+                    await call.write(event_pb2.StreamHookEventsRequest(event=event(1)))
+                else:
+                    call = client.watch(0)
+                assert await call.read()
+                assert await asyncio.to_thread(server.begun.wait, 10)
+                gone = weakref.ref(call)
+                del call
+                # As the garbage collector may do it on any thread.
+                await asyncio.to_thread(gc.collect)
+                if way == "intercept_channel":  # grpc.aio keeps what its interceptors have returned
+                    assert gone() is None
+                    assert await asyncio.to_thread(server.ended.wait, 10)
 
     run(main)
+
+
+@pytest.mark.parametrize("way", ["intercept_channel", "native"])
+@pytest.mark.parametrize("kind", ["server_stream", "bidi"])
+def test_a_stream_that_is_waited_for_need_not_be_held(run, server, source, kind, way):
+    ended, told = [], []
+
+    async def main():
+        async with Client(server.target, source, way) as client:
+            server.hold()
+            server.refuse_next(4)
+
+            def begin():
+                return client.watch(1) if kind == "server_stream" else client.events.StreamHookEvents()
+
+            async def wait():
+                ended.append(await begin().code())
+
+            begin().add_done_callback(told.append)
+            weakref.WeakSet([asyncio.create_task(wait())])  # the loop holds it no better
+            await asyncio.to_thread(server.wait_for, lambda: server.attempts == 2)
+            gc.collect()
+            server.release()
+            await until(lambda: len(ended) == len(told) == 1)
+
+    run(main)
+    assert ended == [grpc.StatusCode.UNAUTHENTICATED]
+    assert server.attempts == 4
 
 
 def test_nothing_of_a_call_is_kept_after_its_end(run, server, source):
@@ -606,3 +648,214 @@ def test_four_native_interceptors_one_for_each_list_of_grpc_aio(run, server):
         grpc.aio.StreamUnaryClientInterceptor,
         grpc.aio.StreamStreamClientInterceptor,
     ]
+
+
+# What callers' iterators, sources and interceptors do
+
+
+@pytest.mark.parametrize("kind", ["client_stream", "bidi"])
+@pytest.mark.parametrize("style", ["async", "plain"])
+@pytest.mark.parametrize("way", ["intercept_channel", "native"])
+@pytest.mark.parametrize("error", [grpc.aio.AioRpcError, asyncio.InvalidStateError, ValueError])
+def test_whatever_the_callers_iterator_raises_cancels_the_call(run, server, source, kind, style, way, error):
+    empty = grpc.aio.Metadata()
+    raised = error(grpc.StatusCode.NOT_FOUND, empty, empty) if error is grpc.aio.AioRpcError else error("no more")
+    request = event_pb2.IngestEventsRequest if kind == "client_stream" else event_pb2.StreamHookEventsRequest
+
+    def plain():
+        yield request(event=event(1))
+        raise raised
+
+    async def asynchronous():
+        yield request(event=event(1))
+        raise raised
+
+    async def main():
+        async with Client(server.target, source, way) as client:
+            requests = plain() if style == "plain" else asynchronous()
+            if kind == "client_stream":
+                await client.events.IngestEvents(requests)
+            else:
+                async for _ in client.events.StreamHookEvents(requests):
+                    pass
+
+    with pytest.raises(asyncio.CancelledError):
+        run(main)
+
+
+class WaitsForTheCall(grpc.aio.StreamUnaryClientInterceptor, grpc.aio.UnaryUnaryClientInterceptor):
+    """As those do that measure calls."""
+
+    async def intercept_unary_unary(self, continuation, client_call_details, request):
+        call = await continuation(client_call_details, request)
+        await call.code()
+        return call
+
+    async def intercept_stream_unary(self, continuation, client_call_details, request_iterator):
+        call = await continuation(client_call_details, request_iterator)
+        await call.code()
+        return call
+
+
+class AwaitsTheAnswer(grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation, client_call_details, request):
+        call = await continuation(client_call_details, request)
+        await call
+        return call
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_an_interceptor_beneath_may_wait_for_the_call(run, server, source, refused):
+    async def main():
+        plain = grpc.aio.insecure_channel(server.target, interceptors=[WaitsForTheCall()])
+        async with intercept_channel(plain, source) as channel:
+            server.refuse_next(refused, after_messages=2 if refused else 0)
+            events = event_pb2_grpc.EventServiceStub(channel)
+            requests = (event_pb2.IngestEventsRequest(event=event(number)) for number in "123")
+            return list((await events.IngestEvents(requests)).event_ids)
+
+    assert run(main) == list("123")
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_native_interceptors_retry_although_one_nearer_to_the_wire_awaits_the_answer(run, server, source, refused):
+    async def main():
+        native = aio_bearer_interceptors(source)
+        async with grpc.aio.insecure_channel(
+            server.target, interceptors=[native[0], AwaitsTheAnswer(), *native[1:]]
+        ) as channel:
+            server.refuse_next(refused)
+            stub = heartbeat_pb2_grpc.HeartbeatServiceStub(channel)
+            return (await stub.Heartbeat(heartbeat_pb2.HeartbeatRequest(sequence=1))).sequence
+
+    if refused < 2:
+        assert run(main) == 1
+    else:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            run(main)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert source.stats.rejected == refused
+    assert server.attempts == 1 + min(refused, 1)
+
+
+@pytest.mark.parametrize("way", ["intercept_channel", "native"])
+@pytest.mark.parametrize("refused", [0, 1])
+def test_reading_and_writing_works_however_tokens_are_attached(run, server, source, way, refused):
+    async def main():
+        async with Client(server.target, source, way) as client:
+            server.refuse_next(refused)
+            talk = client.events.StreamHookEvents()
+            for number in "123":
+                await talk.write(event_pb2.StreamHookEventsRequest(event=event(number)))
+                assert (await talk.read()).event_id == number
+            await talk.done_writing()
+            assert await talk.read() is grpc.aio.EOF
+            server.refuse_next(refused)
+            upload = client.events.IngestEvents()
+            for number in "456":
+                await upload.write(event_pb2.IngestEventsRequest(event=event(number)))
+            await upload.done_writing()
+            assert list((await upload).event_ids) == list("456")
+
+    run(main)
+    assert server.event_ids == list("123456")
+
+
+@pytest.mark.parametrize("way", ["intercept_channel", "native"])
+def test_metadata_may_be_an_iterator(run, server, source, way):
+    async def main():
+        async with Client(server.target, source, way) as client:
+            await client.heartbeat(metadata=iter([("x-a", "1"), ("x-b", "2")]))
+            with pytest.raises(grpc.aio.AioRpcError):
+                await client.heartbeat(metadata=iter([("authorization", "Basic eA=="), ("x-c", "3")]))
+
+    run(main)
+    assert [pair for pair in server.calls[0].metadata if pair[0].startswith("x-")] == [("x-a", "1"), ("x-b", "2")]
+    assert (len(server.calls), source.stats.rejected) == (1, 0)
+
+
+class Cancelled(TokenSource):
+    """Has waited for something that was cancelled."""
+
+    def token(self, *, timeout=None):
+        raise concurrent.futures.CancelledError
+
+    async def token_async(self, *, timeout=None):  # noqa: ASYNC109 - its contract
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        task.cancel()
+        await task
+
+
+@pytest.mark.parametrize("way", ["intercept_channel", "native"])
+@pytest.mark.parametrize("base", ["of a thread", "of a task"])
+def test_something_cancelled_within_the_source_ends_the_call_with_an_error(run, server, way, base):
+    class OfAThread(Cancelled):
+        token_async = TokenSource.token_async
+
+    async def main():
+        async with Client(server.target, OfAThread() if base == "of a thread" else Cancelled(), way) as client:
+            await client.heartbeat(timeout=10)
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        run(main)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("phase", ["waiting for the first token", "waiting for the refresh"])
+def test_a_call_whose_tasks_are_all_cancelled_ends(run, server, issuer, phase):
+    async def main():
+        async with in_phase(phase, server, issuer, lambda client: client.heartbeat()) as (_, call):
+            for task in asyncio.all_tasks():
+                if "AuthenticatedCall" in repr(task.get_coro()):
+                    task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert call.cancelled()
+
+    run(main)
+
+
+def test_a_time_limit_around_a_write_does_not_end_a_stream_that_has_no_token_yet(run, server, issuer):
+    async def main():
+        with SlowSource(issuer) as source:
+            source.reject(source.token())
+            source.hold()
+            async with Client(server.target, source) as client:
+                call = client.events.StreamHookEvents()
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(call.write(event_pb2.StreamHookEventsRequest(event=event(1))), 0.05)
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(call.wait_for_connection(), 0.05)
+                assert not call.cancelled()
+                source.release()
+                assert (await call.read()).event_id == "1"
+                await call.done_writing()
+
+    run(main)
+
+
+@pytest.mark.parametrize("phase", ["waiting for the first token", "waiting for the refresh"])
+@pytest.mark.parametrize("grace", [None, 0.05, 20])
+def test_closing_the_channel_gives_calls_that_wait_for_a_token_their_grace(run, server, issuer, phase, grace):
+    async def main():
+        with SlowSource(issuer) as source:
+            source.hold()
+            if phase == "waiting for the refresh":
+                server.refuse_next()
+            else:
+                source.reject(source.peek())
+            client = Client(server.target, source)
+            call = client.heartbeat()
+            assert await asyncio.to_thread(source.waited_for, 0)
+            closing = asyncio.ensure_future(client.channel.close(grace))
+            if grace == 20:
+                await asyncio.sleep(0)
+                assert not call.done()
+                source.release()
+                assert (await call).sequence == 1
+            else:
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+            await closing
+
+    run(main)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from abandoned import serving_the_abandoned
 from behaviour_drivers import SlowSource
 from conftest import eventually
 from connect_drivers import event
@@ -293,47 +294,23 @@ def test_a_call_that_is_over_does_not_keep_its_messages(server, source, way):
     stubs.channel.close()
 
 
-class Abandoned(heartbeat_pb2_grpc.HeartbeatServiceServicer):
-    """Sees that a client gives up a call."""
-
-    def __init__(self):
-        self.begun, self.ended = threading.Event(), threading.Event()
-
-    def Heartbeat(self, request, context):  # noqa: N802 - gRPC's names, here and below
-        context.add_callback(self.ended.set)
-        self.begun.set()
-        self.ended.wait(20)
-        return heartbeat_pb2.HeartbeatResponse()
-
-    def WatchSession(self, request, context):  # noqa: N802
-        context.add_callback(self.ended.set)
-        yield heartbeat_pb2.WatchSessionResponse(sequence=1)
-        self.begun.set()
-        self.ended.wait(20)
-
-
 @pytest.mark.parametrize("kind", ["future", "stream"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_call_that_nobody_holds_any_more_is_cancelled(way, kind):
-    servicer = Abandoned()
-    server = grpc.server(ThreadPoolExecutor(2))
-    heartbeat_pb2_grpc.add_HeartbeatServiceServicer_to_server(servicer, server)
-    server.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    stubs = Stubs(server, StaticTokenSource("token"), way)
-    if kind == "future":
-        call = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=20)
-    else:
-        call = stubs.heartbeats.WatchSession(WATCH, timeout=20)
-        next(call)
-    assert servicer.begun.wait(10)
-    gone = weakref.ref(call)
-    del call
-    gc.collect()
-    assert gone() is None
-    assert servicer.ended.wait(10)
-    stubs.channel.close()
-    server.stop(None).wait()
+    with serving_the_abandoned() as server:
+        stubs = Stubs(server, StaticTokenSource("token"), way)
+        if kind == "future":
+            call = stubs.heartbeats.Heartbeat.future(REQUEST, timeout=20)
+        else:
+            call = stubs.heartbeats.WatchSession(WATCH, timeout=20)
+            next(call)
+        assert server.begun.wait(10)
+        gone = weakref.ref(call)
+        del call
+        gc.collect()
+        assert gone() is None
+        assert server.ended.wait(10)
+        stubs.channel.close()
 
 
 # Waiting for a token

@@ -6,6 +6,7 @@ An attempt's end is noticed through its callback, so that a call which nobody aw
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -18,18 +19,19 @@ import grpc.aio
 from grpc.aio import AioRpcError
 
 from interceptors.call import Call, Failure, Send, Surface
+from interceptors.grpc_aio.requests import STYLE_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 
-    from interceptors.grpc_aio.requests import RequestStream
+    from interceptors.grpc_aio.requests import IteratedRequests, RequestStream
     from interceptors.source import TokenSource
     from interceptors.tokens import Token
 
 _log = logging.getLogger("interceptors")
 
 _CANCELLED_DETAILS: Final = "Locally cancelled by application!"
-_API_STYLE_ERROR: Final = "The iterator and read/write APIs may not be mixed on a single RPC."
+_CLOSED_DETAILS: Final = "Channel is closed."
 _TRAILERS_ONLY_SECONDS: Final = 0.05
 _PROVISIONAL_SECONDS: Final = tuple(0.001 * 2**step for step in range(10))
 _PROVISIONAL_DETAILS: Final = "Internal error from Core"
@@ -51,6 +53,8 @@ class AuthenticatedCall:
         start: Starts an attempt with a token, in so many seconds (None: no limit); may be a coroutine function.
         deadline: When the caller's time is up; see `interceptors.call.Call`.
         requests: The request stream, if the call has one.
+        dealings: The call's dealings with its source, if there were any before the first attempt.
+        waiting: Where the call is noted while it waits for a token.
     """
 
     # Most calls end well with their first attempt and need none of these of their own.
@@ -68,14 +72,22 @@ class AuthenticatedCall:
     _waiting: Sequence[asyncio.Future[None]] = ()
     _attempt: Any = None  # the latest
     _token: Token | None = None  # what it carries
+    _waiting_calls: WaitingCalls | None = None
 
     def __init__(
         self,
         source: TokenSource,
         start: Callable[[Token, float | None], Any],
         deadline: float | None,
-        requests: RequestStream | None = None,
+        requests: RequestStream | IteratedRequests | None = None,
+        *,
+        dealings: Call | None = None,
+        waiting: WaitingCalls | None = None,
     ) -> None:
+        if dealings is not None:
+            self._dealings = dealings
+        if waiting is not None:
+            self._waiting_calls = waiting
         self._source = source
         self._start = start
         self._deadline = deadline
@@ -176,9 +188,22 @@ class AuthenticatedCall:
         if token is not None and not inspect.iscoroutinefunction(self._start):
             self._go_on(decide(token))
         else:
+            if self._waiting_calls is not None:
+                self._waiting_calls.add(self)
             self._pending = asyncio.ensure_future(self._wait_for_token(decide))
 
     async def _wait_for_token(self, decide: Callable[[Token | BaseException], Send | Failure | Surface]) -> None:
+        try:
+            await self._wait_and_go_on(decide)
+        except asyncio.CancelledError:
+            # By somebody who cancels whatever task there is.
+            self._end_as_cancelled(_CANCELLED_DETAILS)
+            raise
+        finally:
+            if self._waiting_calls is not None:
+                self._waiting_calls.discard(self)
+
+    async def _wait_and_go_on(self, decide: Callable[[Token | BaseException], Send | Failure | Surface]) -> None:
         decision = decide(await self._call.ask_async())
         if isinstance(decision, Send) and inspect.iscoroutinefunction(self._start):
             try:
@@ -241,6 +266,11 @@ class AuthenticatedCall:
             except Exception:  # noqa: BLE001 - no call may hang because of a user's callback
                 _log.exception("Exception in callback %r", callback)
 
+    def _end_as_cancelled(self, details: str) -> None:
+        empty = grpc.aio.Metadata()
+        self._cancelled = True
+        self._end(AioRpcError(grpc.StatusCode.CANCELLED, empty, empty, details, details), None)
+
     def _commit(self, attempt: Any) -> bool:
         """The caller receives the first response of `attempt`; False if another attempt has taken its place."""
         if attempt is not self._attempt or (attempt is self._ended and not self._over):
@@ -266,18 +296,11 @@ class AuthenticatedCall:
         return future
 
     async def _following(self, attempt: Any) -> Any:
-        """The attempt that follows `attempt` once it has begun, `attempt` if none will, None if there was none at all.
-
-        Whoever waits for it and is cancelled cancels the call, as with a plain one.
-        """
+        """The attempt that follows `attempt` once it has begun; `attempt` if none will."""
         if attempt is not None:
             self._settle(attempt)
-        try:
-            while not self._over and self._attempt is attempt:
-                await self._next_change()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        while not self._over and self._attempt is attempt:
+            await self._next_change()
         if self._error is not None:
             self._raise_local()
         return self._attempt
@@ -393,12 +416,18 @@ class AuthenticatedCall:
                 self._requests.stop()
             self._notice()
             return cancelled
+        self._stop_waiting(_CANCELLED_DETAILS)
+        return True
+
+    def channel_closed(self) -> None:
+        """Ends the call, which waits for a token that nothing can be sent with any more."""
+        if not self._over:
+            self._stop_waiting(_CLOSED_DETAILS)
+
+    def _stop_waiting(self, details: str) -> None:
         if self._pending is not None:
             self._pending.cancel()
-        empty = grpc.aio.Metadata()
-        code = grpc.StatusCode.CANCELLED
-        self._end(AioRpcError(code, empty, empty, _CANCELLED_DETAILS, _CANCELLED_DETAILS), None)
-        return True
+        self._end_as_cancelled(details)
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """See `grpc.aio.RpcContext.add_done_callback`."""
@@ -420,22 +449,22 @@ class AuthenticatedCall:
 
 class _UnaryResponse(AuthenticatedCall):
     def __await__(self) -> Generator[Any, None, Any]:
-        attempt = self._attempt
-        if attempt is None:
-            attempt = yield from self._following(None).__await__()
-        while True:
-            try:
-                response = yield from attempt.__await__()
-            except AioRpcError as error:
-                following = yield from self._following(attempt).__await__()
-                if following is attempt:
-                    raise self.final_error(error) from self._cause
-                attempt = following
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-            else:
-                return response
+        try:
+            attempt = self._attempt
+            if attempt is None:
+                attempt = yield from self._following(None).__await__()
+            while True:
+                try:
+                    return (yield from attempt.__await__())
+                except AioRpcError as error:
+                    following = yield from self._following(attempt).__await__()
+                    if following is attempt:
+                        raise self.final_error(error) from self._cause
+                    attempt = following
+        except asyncio.CancelledError:
+            # Whoever awaits a call and is cancelled cancels the call, as with a plain one.
+            self.cancel()
+            raise
 
 
 class _StreamResponse(AuthenticatedCall):
@@ -443,14 +472,41 @@ class _StreamResponse(AuthenticatedCall):
     _style: str | None = None
     _reading = False
     _unread: deque[Any] | None = None  # what was read ahead of the caller; see `_settle_later`
+    _loop: asyncio.AbstractEventLoop
+
+    # A stream that nobody holds any more is cancelled, as gRPC means to do it: so its attempt knows it weakly only. But
+    # whoever waits for it, or wants to be called back, need not hold it.
 
     def _watch(self, attempt: Any) -> None:
-        # Weakly, so that a stream which nobody holds any more is cancelled, as gRPC does it.
+        self._loop = asyncio.get_running_loop()
         attempt.add_done_callback(functools.partial(_attempt_of_stream_ended, weakref.ref(self)))
+
+    def _next_change(self) -> asyncio.Future[None]:
+        _pinned.add(self)
+        return super()._next_change()
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        super().add_done_callback(callback)
+        if self._callbacks:
+            _pinned.add(self)
+
+    def _wake(self) -> None:
+        super()._wake()
+        if not self._callbacks:
+            _pinned.discard(self)
+
+    def _finish(self) -> None:
+        super()._finish()
+        _pinned.discard(self)
+
+    def __del__(self) -> None:
+        if not self._over and self._attempt is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(_give_up, self._attempt, self._requests)
 
     def _use(self, style: str) -> None:
         if self._style not in {None, style}:
-            raise grpc.aio.UsageError(_API_STYLE_ERROR)
+            raise grpc.aio.UsageError(STYLE_ERROR)
         self._style = style
 
     def __aiter__(self) -> AsyncIterator[Any]:
@@ -486,6 +542,13 @@ class _StreamResponse(AuthenticatedCall):
 
     async def _next(self, read: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         """The next response, or EOF."""
+        try:
+            return await self._next_of_whichever(read)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    async def _next_of_whichever(self, read: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         attempt = self._attempt if self._attempt is not None else await self._following(None)
         while True:
             if self._unread is not None:
@@ -502,9 +565,6 @@ class _StreamResponse(AuthenticatedCall):
                 if following is attempt:
                     raise self.final_error(error) from self._cause
                 attempt = following
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
             else:
                 if response is grpc.aio.EOF or self._committed or self._commit(attempt):
                     return response
@@ -540,21 +600,22 @@ class _StreamResponse(AuthenticatedCall):
         self._unread = None
         super().adopt(token, attempt)
 
-    def __del__(self) -> None:
-        if not self._over and self._requests is not None:
-            self._requests.stop()
-
 
 class _StreamRequest(AuthenticatedCall):
+    _requests: RequestStream | IteratedRequests
+
     async def write(self, request: Any) -> None:
         """See `grpc.aio.StreamUnaryCall.write`."""
-        assert self._requests is not None
         await self._requests.write(request)
 
     async def done_writing(self) -> None:
         """See `grpc.aio.StreamUnaryCall.done_writing`."""
-        assert self._requests is not None
         await self._requests.done_writing()
+
+    @property
+    def _done_writing_flag(self) -> bool:
+        # What gRPC's own intercepted calls ask of the call beneath them before they write.
+        return self._requests.half_closed
 
 
 class UnaryUnaryCall(_UnaryResponse, grpc.aio.UnaryUnaryCall):
@@ -632,6 +693,44 @@ class _Ending:
         call = self._call
         if call is not None and call.attempt_ended(attempt):
             self._call = None
+
+
+class WaitingCalls:
+    """The calls of a channel that wait for a token: gRPC, which has none of them at that time, cannot end them."""
+
+    def __init__(self) -> None:
+        self._calls: set[AuthenticatedCall] = set()
+
+    def add(self, call: AuthenticatedCall) -> None:
+        """Notes a call."""
+        self._calls.add(call)
+
+    def discard(self, call: AuthenticatedCall) -> None:
+        """Forgets a call."""
+        self._calls.discard(call)
+
+    async def channel_closes(self, grace: float | None) -> float | None:
+        """Waits for them to go on for at most `grace` seconds, ends the others, and returns what is left of it."""
+        if not self._calls:
+            return grace
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (grace or 0.0)
+        pending = {call._pending for call in self._calls if call._pending is not None}  # noqa: SLF001
+        if grace and pending:
+            await asyncio.wait(pending, timeout=grace)
+        for call in list(self._calls):
+            call.channel_closed()
+        return None if grace is None else max(deadline - loop.time(), 0.0)
+
+
+# Streams that somebody waits for and nobody need hold.
+_pinned: set[AuthenticatedCall] = set()
+
+
+def _give_up(attempt: Any, requests: RequestStream | IteratedRequests | None) -> None:
+    attempt.cancel()
+    if requests is not None:
+        requests.stop()
 
 
 def _attempt_of_stream_ended(call_of: weakref.ref[AuthenticatedCall], attempt: Any) -> None:

@@ -19,9 +19,10 @@ from interceptors.grpc_aio.call import (
     StreamUnaryCall,
     UnaryStreamCall,
     UnaryUnaryCall,
+    WaitingCalls,
 )
-from interceptors.grpc_aio.requests import RequestStream
-from interceptors.messages import as_it_is, prepared, size_of, snapshot
+from interceptors.grpc_aio.requests import IteratedRequests, RequestStream
+from interceptors.messages import as_it_is, prepared, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,7 @@ class AuthenticatedAioChannel(grpc.aio.Channel):
         self._channel = channel
         self._source = source
         self._replay_limit = replay_limit
+        self._waiting = WaitingCalls()
 
     def unary_unary(self, *args: Any, **options: Any) -> Any:
         """See `grpc.aio.Channel.unary_unary`."""
@@ -62,11 +64,11 @@ class AuthenticatedAioChannel(grpc.aio.Channel):
         return self._authenticated(self._channel.stream_stream(*args, **options))
 
     def _authenticated(self, inner: Any) -> Any:
-        return authenticated_multicallable(inner, self._source, self._replay_limit)
+        return authenticated_multicallable(inner, self._source, self._replay_limit, self._waiting)
 
     async def close(self, grace: float | None = None) -> None:
         """See `grpc.aio.Channel.close`. The source is left open: it may serve other channels."""
-        await self._channel.close(grace)
+        await self._channel.close(await self._waiting.channel_closes(grace))
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         """See `grpc.aio.Channel.get_state`."""
@@ -87,6 +89,7 @@ class AuthenticatedAioChannel(grpc.aio.Channel):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
+        await self._waiting.channel_closes(None)
         return await self._channel.__aexit__(kind, error, traceback)
 
     def __getattr__(self, name: str) -> Any:
@@ -99,19 +102,22 @@ class AuthenticatedAioChannel(grpc.aio.Channel):
         return f"<AuthenticatedAioChannel over {self._channel!r}>"
 
 
-def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: int) -> Any:
+def authenticated_multicallable(
+    inner: Any, source: TokenSource, replay_limit: int, waiting: WaitingCalls | None = None
+) -> Any:
     """One multicallable, of a channel or of a stub, with tokens."""
     for kind, ours in _KINDS.items():
         if isinstance(inner, kind):
-            return ours(inner, source, replay_limit)
+            return ours(inner, source, replay_limit, waiting)
     msg = f"{type(inner).__name__} is no grpc.aio multicallable"
     raise TypeError(msg)
 
 
 class _MultiCallable:
-    def __init__(self, plain: Any, source: TokenSource, replay_limit: int) -> None:
+    def __init__(self, plain: Any, source: TokenSource, replay_limit: int, waiting: WaitingCalls | None) -> None:
         self._plain = self._inner = plain
         self._source = source
+        self._waiting = waiting
         self._peek = source.peek
         self._replay_limit = replay_limit
         self._prepare: Callable[[Any], Any] = snapshot
@@ -136,7 +142,7 @@ class _MultiCallable:
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
             return self._plain(request, timeout=timeout, metadata=metadata, credentials=credentials, **options)
         start = functools.partial(_start, self._inner, self._prepare(request), metadata, options)
-        call = kind(self._source, start, deadline_of(timeout))
+        call = kind(self._source, start, deadline_of(timeout), waiting=self._waiting)
         call.begin(self._peek(), timeout)
         return call
 
@@ -153,9 +159,16 @@ class _MultiCallable:
             metadata = tuple(metadata)
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
             return self._plain(request_iterator, timeout=timeout, metadata=metadata, credentials=credentials, **options)
-        requests = RequestStream(request_iterator, self._prepare, size_of, self._replay_limit)
-        start = functools.partial(_start, self._inner, None, metadata, options)
-        call = kind(self._source, start, deadline_of(timeout), requests)
+        requests: RequestStream | IteratedRequests
+        start: Callable[[Token, float | None], Any]
+        if self._prepare is snapshot and request_iterator is not None:
+            # Interceptors beneath may wait for the call before they let anybody write to it.
+            requests = IteratedRequests(request_iterator, snapshot, self._replay_limit)
+            start = functools.partial(_start_iterating, self._inner, requests, metadata, options)
+        else:
+            requests = RequestStream(request_iterator, self._prepare, self._replay_limit)
+            start = functools.partial(_start, self._inner, None, metadata, options)
+        call = kind(self._source, start, deadline_of(timeout), requests, waiting=self._waiting)
         call.begin(self._peek(), timeout)
         requests.attach(call)
         return call
@@ -240,3 +253,9 @@ def _start(
 ) -> Any:
     carried = (*metadata, *token.metadata) if metadata else token.metadata
     return inner(message, timeout=timeout, metadata=carried, **options)
+
+
+def _start_iterating(
+    inner: Any, requests: IteratedRequests, metadata: Any, options: dict[str, Any], token: Token, timeout: float | None
+) -> Any:
+    return _start(inner, requests.attempt(), metadata, options, token, timeout)

@@ -8,17 +8,19 @@ import grpc
 import grpc.aio
 from grpc.aio import ClientCallDetails
 
-from interceptors.call import REPLAY_LIMIT, Call, Failure, carries_own_authorization, deadline_of
+from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, Surface, carries_own_authorization, deadline_of
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_aio.call import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall, local_error
-from interceptors.messages import as_it_is, size_of
-from interceptors.replay import AsyncReplayableRequests, asynchronous
+from interceptors.grpc_aio.requests import IteratedRequests
+from interceptors.messages import as_it_is
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from interceptors.source import TokenSource
     from interceptors.tokens import Token
+
+    Continuation = Callable[[Any, Any], Awaitable[Any]]
 
 
 def aio_bearer_interceptors(
@@ -48,101 +50,106 @@ class _Interceptor:
         self._source = source
         self._replay_limit = replay_limit
 
-    async def _call(
-        self, kind: Any, start: Callable[[Token, float | None], Awaitable[Any]], details: Any, requests: Any = None
+    async def _call(self, kind: Any, continuation: Continuation, details: Any, request: Any) -> Any:
+        async def start(token: Token, left: float | None) -> Any:
+            return await continuation(_with(details, token, left), request)
+
+        return await self._authenticated(kind, start, details)
+
+    async def _streaming_call(
+        self, kind: Any, continuation: Continuation, details: Any, requests: IteratedRequests
+    ) -> Any:
+        async def start(token: Token, left: float | None) -> Any:
+            return await continuation(_with(details, token, left), requests.attempt())
+
+        return await self._authenticated(kind, start, details, requests)
+
+    async def _authenticated(
+        self,
+        kind: Any,
+        start: Callable[[Token, float | None], Awaitable[Any]],
+        details: Any,
+        requests: IteratedRequests | None = None,
     ) -> Any:
         deadline = deadline_of(details.timeout)
-        token, left = self._source.peek(), details.timeout
+        token, left, call = self._source.peek(), details.timeout, None
         if token is None:
             call = Call(self._source, deadline)
-            decision = call.begin(await call.ask_async())
-            if isinstance(decision, Failure):
-                raise local_error(decision)
-            token, left = decision.token, decision.timeout
-        handle = kind(self._source, start, deadline, requests)
-        handle.adopt(token, await start(token, left))
+            token, left = _to_send(call.begin(await call.ask_async()))
+        try:
+            attempt = await start(token, left)
+        except grpc.aio.AioRpcError as error:
+            # An interceptor nearer to the wire has waited for the end of the attempt.
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
+            call = call or Call(self._source, deadline)
+            if not call.refused(token, replayable=requests is None or requests.rewind()):
+                raise
+            decision = call.again(await call.ask_async())
+            if isinstance(decision, Surface):
+                raise error from decision.cause
+            token, left = _to_send(decision)
+            try:
+                attempt = await start(token, left)
+            except grpc.aio.AioRpcError as second:
+                if second.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    call.refused(token)
+                raise
+        handle = kind(self._source, start, deadline, requests, dealings=call)
+        handle.adopt(token, attempt)
         return handle
 
 
 class _UnaryUnary(_Interceptor, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        if _is_untouched(client_call_details):
-            return await continuation(client_call_details, request)
-
-        async def start(token: Token, left: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, left), request)
-
-        return await self._call(UnaryUnaryCall, start, client_call_details)
-
-
-class _StreamUnary(_Interceptor, grpc.aio.StreamUnaryClientInterceptor):
-    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        if _is_untouched(client_call_details):
-            return await continuation(client_call_details, request_iterator)
-        requests = _Requests(request_iterator, self._replay_limit)
-
-        async def start(token: Token, left: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, left), requests.attempt())
-
-        return await self._call(StreamUnaryCall, start, client_call_details, requests)
+        details = _with_lasting_metadata(client_call_details)
+        if _is_untouched(details):
+            return await continuation(details, request)
+        return await self._call(UnaryUnaryCall, continuation, details, request)
 
 
 class _UnaryStream(_Interceptor, grpc.aio.UnaryStreamClientInterceptor):
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        if _is_untouched(client_call_details):
-            return await continuation(client_call_details, request)
+        details = _with_lasting_metadata(client_call_details)
+        if _is_untouched(details):
+            return await continuation(details, request)
+        return await self._call(UnaryStreamCall, continuation, details, request)
 
-        async def start(token: Token, left: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, left), request)
 
-        return await self._call(UnaryStreamCall, start, client_call_details)
+class _StreamUnary(_Interceptor, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        details = _with_lasting_metadata(client_call_details)
+        if _is_untouched(details):
+            return await continuation(details, request_iterator)
+        requests = IteratedRequests(request_iterator, as_it_is, self._replay_limit)
+        return await self._streaming_call(StreamUnaryCall, continuation, details, requests)
 
 
 class _StreamStream(_Interceptor, grpc.aio.StreamStreamClientInterceptor):
     async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        if _is_untouched(client_call_details):
-            return await continuation(client_call_details, request_iterator)
-        requests = _Requests(request_iterator, self._replay_limit)
-
-        async def start(token: Token, left: float | None) -> Any:
-            return await continuation(_with(client_call_details, token, left), requests.attempt())
-
-        return await self._call(StreamStreamCall, start, client_call_details, requests)
+        details = _with_lasting_metadata(client_call_details)
+        if _is_untouched(details):
+            return await continuation(details, request_iterator)
+        requests = IteratedRequests(request_iterator, as_it_is, self._replay_limit)
+        return await self._streaming_call(StreamStreamCall, continuation, details, requests)
 
 
-class _Requests:
-    """A request stream that gRPC pulls, for attempts that are given an iterator."""
-
-    def __init__(self, requests: Any, limit: int) -> None:
-        source = requests.__aiter__() if hasattr(requests, "__aiter__") else asynchronous(requests)
-        self._requests: AsyncReplayableRequests[Any, Any] = AsyncReplayableRequests(source, as_it_is, size_of, limit)
-
-    def attempt(self) -> AsyncIterator[Any]:
-        return self._requests.attempt()
-
-    def attempt_began(self) -> None:
-        """GRPC pulls by itself."""
-
-    def rewind(self) -> bool:
-        return self._requests.rewind()
-
-    def free(self) -> None:
-        self._requests.free()
-
-    def stop(self) -> None:
-        import asyncio
-
-        task = asyncio.ensure_future(self._requests.stop())
-        _stopping.add(task)
-        task.add_done_callback(_stopping.discard)
+def _to_send(decision: Send | Failure) -> tuple[Token, float | None]:
+    if isinstance(decision, Failure):
+        raise local_error(decision)
+    return decision.token, decision.timeout
 
 
-_stopping: set[Any] = set()
+def _with_lasting_metadata(details: Any) -> Any:
+    """`details` with metadata that can be read more than once: a caller may have given an iterator."""
+    if details.metadata is None or isinstance(details.metadata, grpc.aio.Metadata):
+        return details
+    return details._replace(metadata=tuple(details.metadata))
 
 
 def _is_untouched(details: Any) -> bool:
     return details.credentials is not None or (
-        details.metadata is not None and carries_own_authorization(tuple(details.metadata))
+        details.metadata is not None and carries_own_authorization(details.metadata)
     )
 
 
