@@ -53,8 +53,8 @@ class AuthenticatedCall:
         start: Starts an attempt with a token, in so many seconds (None: no limit); may be a coroutine function.
         deadline: When the caller's time is up; see `interceptors.call.Call`.
         requests: The request stream, if the call has one.
-        dealings: The call's dealings with its source, if there were any before the first attempt.
         waiting: Where the call is noted while it waits for a token.
+        dealings: The call's dealings with its source, if there were any before the first attempt.
     """
 
     # Most calls end well with their first attempt and need none of these of their own.
@@ -72,7 +72,6 @@ class AuthenticatedCall:
     _waiting: Sequence[asyncio.Future[None]] = ()
     _attempt: Any = None  # the latest
     _token: Token | None = None  # what it carries
-    _waiting_calls: WaitingCalls | None = None
 
     def __init__(
         self,
@@ -80,18 +79,16 @@ class AuthenticatedCall:
         start: Callable[[Token, float | None], Any],
         deadline: float | None,
         requests: RequestStream | IteratedRequests | None = None,
-        *,
-        dealings: Call | None = None,
         waiting: WaitingCalls | None = None,
+        dealings: Call | None = None,
     ) -> None:
-        if dealings is not None:
-            self._dealings = dealings
-        if waiting is not None:
-            self._waiting_calls = waiting
         self._source = source
         self._start = start
         self._deadline = deadline
         self._requests = requests
+        self._waiting_calls = waiting
+        if dealings is not None:
+            self._dealings = dealings
 
     @property
     def _call(self) -> Call:
@@ -125,7 +122,9 @@ class AuthenticatedCall:
         try:
             if self._requests is None and self._dealings is None and _is_ok(attempt):
                 self._ended = attempt
-                self._finish()
+                self._over = True
+                if self._waiting or self._callbacks:
+                    self._finish()
             else:
                 self._settle(attempt)
         except Exception as error:  # noqa: BLE001 - a source that breaks its contract must not leave the caller waiting

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import grpc
@@ -22,7 +23,7 @@ from interceptors.grpc_aio.call import (
     WaitingCalls,
 )
 from interceptors.grpc_aio.requests import IteratedRequests, RequestStream
-from interceptors.messages import as_it_is, prepared, snapshot
+from interceptors.messages import as_it_is, log_unserialisable, prepared, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,10 +122,12 @@ class _MultiCallable:
         self._peek = source.peek
         self._replay_limit = replay_limit
         self._prepare: Callable[[Any], Any] = snapshot
+        self._serialize = self._prepare  # `_prepare` without what it does when it fails
         if type(plain).__module__ == "grpc.aio._channel" and not plain._interceptors:  # noqa: SLF001
             # Serialising here and not beneath costs nothing more, and what is replayed is what was sent. Interceptors
             # beneath want to see the message.
-            self._prepare = functools.partial(prepared, plain._request_serializer or as_it_is)  # noqa: SLF001
+            self._serialize = plain._request_serializer or as_it_is  # noqa: SLF001
+            self._prepare = functools.partial(prepared, self._serialize)
             self._inner = copy.copy(plain)
             self._inner._request_serializer = None  # noqa: SLF001
 
@@ -142,7 +145,7 @@ class _MultiCallable:
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
             return self._plain(request, timeout=timeout, metadata=metadata, credentials=credentials, **options)
         start = functools.partial(_start, self._inner, self._prepare(request), metadata, options)
-        call = kind(self._source, start, deadline_of(timeout), waiting=self._waiting)
+        call = kind(self._source, start, deadline_of(timeout), None, self._waiting)
         call.begin(self._peek(), timeout)
         return call
 
@@ -168,7 +171,7 @@ class _MultiCallable:
         else:
             requests = RequestStream(request_iterator, self._prepare, self._replay_limit)
             start = functools.partial(_start, self._inner, None, metadata, options)
-        call = kind(self._source, start, deadline_of(timeout), requests, waiting=self._waiting)
+        call = kind(self._source, start, deadline_of(timeout), requests, self._waiting)
         call.begin(self._peek(), timeout)
         requests.attach(call)
         return call
@@ -187,7 +190,20 @@ class UnaryUnary(_MultiCallable, grpc.aio.UnaryUnaryMultiCallable):
         **options: Any,
     ) -> Any:
         """See `grpc.aio.UnaryUnaryMultiCallable`. Does not wait for a token."""
-        return self._start_call(UnaryUnaryCall, request, timeout, metadata, credentials, options)
+        token = self._peek()
+        if token is None or metadata is not None or credentials is not None:
+            return self._start_call(UnaryUnaryCall, request, timeout, metadata, credentials, options)
+        # The hot path: `_start_call` for a fresh token and no metadata of the caller's.
+        deadline = None if timeout is None else monotonic() + timeout
+        try:
+            message = self._serialize(request)
+        except Exception:  # noqa: BLE001 - it ends the call
+            message = None
+            log_unserialisable()
+        start = functools.partial(_start, self._inner, message, None, options)
+        call = UnaryUnaryCall(self._source, start, deadline, None, self._waiting)
+        call.adopt(token, self._inner(message, timeout=timeout, metadata=token.metadata, **options))
+        return call
 
 
 class UnaryStream(_MultiCallable, grpc.aio.UnaryStreamMultiCallable):
