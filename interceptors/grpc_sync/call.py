@@ -10,11 +10,12 @@ import functools
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 
 from interceptors.call import Call, Failure, Send, Surface
+from interceptors.grpc_sync.errors import LocalError, local_error, traceback_of
 from interceptors.waiting import on_lent_thread, waiter_of
 
 if TYPE_CHECKING:
@@ -43,81 +44,6 @@ class Attempt(Protocol):
     def initial_metadata(self) -> Any: ...
     def trailing_metadata(self) -> Any: ...
     def __next__(self) -> Any: ...
-
-
-class LocalError(grpc.RpcError, grpc.Call, grpc.Future):
-    """The end of a call that no server has decided: no token, no time left, or cancelled between two attempts."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(f"<status={code.name}, details={details!r}>")
-        self._code = code
-        self._details = details
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return self._details
-
-    def debug_error_string(self) -> str:
-        return self._details
-
-    def initial_metadata(self) -> tuple[()]:
-        return ()
-
-    def trailing_metadata(self) -> tuple[()]:
-        return ()
-
-    def is_active(self) -> bool:
-        return False
-
-    def __next__(self) -> NoReturn:
-        raise self
-
-    def time_remaining(self) -> float:
-        return 0.0
-
-    def cancel(self) -> bool:
-        return False
-
-    def cancelled(self) -> bool:
-        return self._code is grpc.StatusCode.CANCELLED
-
-    def running(self) -> bool:
-        return False
-
-    def done(self) -> bool:
-        return True
-
-    def result(self, timeout: float | None = None) -> NoReturn:  # noqa: ARG002 - it is over, here and below
-        raise self
-
-    def exception(self, timeout: float | None = None) -> LocalError:  # noqa: ARG002
-        return self
-
-    def traceback(self, timeout: float | None = None) -> TracebackType | None:  # noqa: ARG002
-        return _traceback_of(self)
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:  # noqa: ARG002
-        return False
-
-    def add_done_callback(self, fn: Callable[[Any], None]) -> None:
-        fn(self)
-
-    def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__} of RPC that terminated with:\n"
-            f'\tstatus = {self._code}\n\tdetails = "{self._details}"\n>'
-        )
-
-    __str__ = __repr__
-
-
-def local_error(failure: Failure) -> LocalError:
-    """The error that a caller gets for `failure`."""
-    error = LocalError(grpc.StatusCode[failure.code], failure.details)
-    error.__cause__ = failure.cause
-    return error
 
 
 class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
@@ -458,7 +384,7 @@ class AuthenticatedCall(grpc.RpcError, grpc.Call, grpc.Future):
     def traceback(self, timeout: float | None = None) -> TracebackType | None:
         """See `grpc.Future.traceback`."""
         outcome = self._outcome(timeout)
-        return None if outcome is None else _traceback_of(outcome)
+        return None if outcome is None else traceback_of(outcome)
 
     def _outcome(self, timeout: float | None) -> Exception | None:
         attempt = self._when_over(timeout)
@@ -547,13 +473,6 @@ def _run_each(callbacks: Iterable[Callable[[], Any]]) -> None:
             callback()
         except Exception:  # noqa: BLE001 - as gRPC does it: no thread of its or ours may die of a user's callback
             _log.exception("Exception in callback %r", callback)
-
-
-def _traceback_of(outcome: Exception) -> TracebackType | None:
-    try:
-        raise outcome from outcome.__cause__
-    except Exception as error:  # noqa: BLE001 - it is `outcome`
-        return error.__traceback__
 
 
 def _attempt_ended(call_of: weakref.ref[AuthenticatedCall], attempt_of: weakref.ref[Any]) -> None:

@@ -8,23 +8,33 @@ from __future__ import annotations
 import copy
 import functools
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, carries_own_authorization, deadline_of
-from interceptors.grpc_sync.call import AuthenticatedCall, WaitingCalls, is_native, local_error
-from interceptors.messages import as_it_is, log_unserialisable, prepared, size_of, snapshot
-from interceptors.replay import ReplayableRequests
+from interceptors.call import REPLAY_LIMIT, Call
+from interceptors.grpc_sync.call import WaitingCalls, is_native
+from interceptors.grpc_sync.calling import (
+    UNAUTHENTICATED,
+    blocking_call,
+    code_of,
+    invoke_again,
+    invoke_with,
+    invoke_with_requests,
+    replayable,
+    start_attempt,
+    start_call,
+)
+from interceptors.messages import as_it_is, log_unserialisable, prepared, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from interceptors.replay import ReplayableRequests
     from interceptors.source import TokenSource
-    from interceptors.tokens import Token
 
-UNAUTHENTICATED: Final = grpc.StatusCode.UNAUTHENTICATED
+    Attempts = Callable[[float | None, Any, Any], Any]
 
 
 class AuthenticatedChannel(grpc.Channel):
@@ -58,7 +68,7 @@ class AuthenticatedChannel(grpc.Channel):
         """See `grpc.Channel.unary_unary`."""
         options = _registered(args, options)
         inner, prepare = self._multicallable("unary_unary", method, request_serializer, response_deserializer, options)
-        return UnaryUnary(inner, self._source, prepare, self._waiting)
+        return UnaryUnary(inner, self._source, prepare, self._replay_limit, self._waiting)
 
     def unary_stream(
         self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
@@ -66,7 +76,7 @@ class AuthenticatedChannel(grpc.Channel):
         """See `grpc.Channel.unary_stream`."""
         options = _registered(args, options)
         inner, prepare = self._multicallable("unary_stream", method, request_serializer, response_deserializer, options)
-        return UnaryStream(inner, self._source, prepare, self._waiting)
+        return UnaryStream(inner, self._source, prepare, self._replay_limit, self._waiting)
 
     def stream_unary(
         self, method: str, request_serializer: Any = None, response_deserializer: Any = None, *args: Any, **options: Any
@@ -121,23 +131,56 @@ class AuthenticatedChannel(grpc.Channel):
         return f"<AuthenticatedChannel over {self._channel!r}>"
 
 
-class UnaryUnary(grpc.UnaryUnaryMultiCallable):
-    """Unary calls that carry tokens."""
+class _MultiCallable:
+    """What the four kinds have in common: how the arguments of an invocation become a call."""
 
-    __slots__ = ("_inner", "_peek", "_prepare", "_source", "_waiting")
+    __slots__ = ("_inner", "_peek", "_prepare", "_replay_limit", "_source", "_waiting")
 
     def __init__(
         self,
-        inner: grpc.UnaryUnaryMultiCallable,
+        inner: Any,
         source: TokenSource,
         prepare: Callable[[Any], Any],
+        replay_limit: int,
         waiting: WaitingCalls | None = None,
     ) -> None:
         self._inner = inner
         self._source = source
-        self._prepare = prepare
-        self._waiting = waiting
         self._peek = source.peek
+        self._prepare = prepare
+        self._replay_limit = replay_limit
+        self._waiting = waiting
+
+    def _start(
+        self, invoke: Any, given: Any, timeout: float | None, metadata: Any, credentials: Any, *options: Any
+    ) -> Any:
+        attempt, requests = self._attempts(invoke, given, *options)
+        return start_call(self._source, attempt, timeout, metadata, credentials, self._waiting, requests)
+
+    def _blocking(
+        self, invoke: Any, given: Any, timeout: float | None, metadata: Any, credentials: Any, *options: Any
+    ) -> Any:
+        attempt, requests = self._attempts(invoke, given, *options)
+        return blocking_call(self._source, attempt, timeout, metadata, credentials, requests)
+
+    def _attempts(self, invoke: Any, request: Any, *options: Any) -> tuple[Attempts, ReplayableRequests | None]:
+        return functools.partial(invoke_with, invoke, prepared(self._prepare, request), *options), None
+
+
+class _OfManyRequests(_MultiCallable):
+    __slots__ = ()
+
+    def _attempts(
+        self, invoke: Any, request_iterator: Iterator[Any], *options: Any
+    ) -> tuple[Attempts, ReplayableRequests]:
+        requests = replayable(request_iterator, self._prepare, self._replay_limit)
+        return functools.partial(invoke_with_requests, invoke, requests, *options), requests
+
+
+class UnaryUnary(_MultiCallable, grpc.UnaryUnaryMultiCallable):
+    """Unary calls that carry tokens."""
+
+    __slots__ = ()
 
     def __call__(
         self,
@@ -168,8 +211,8 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
                 raise
             refusal = error
         try:
-            start = functools.partial(_invoke, self._inner, message, wait_for_ready, compression)
-            attempt = functools.partial(_start_attempt, start, None)
+            start = functools.partial(invoke_with, self._inner, message, wait_for_ready, compression)
+            attempt = functools.partial(start_attempt, start, None)
             return invoke_again(Call(self._source, deadline), token, refusal, attempt)
         finally:
             del refusal  # breaks the cycle of error, traceback and this frame
@@ -187,37 +230,6 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
         invoke = self._inner.with_call
         return self._blocking(invoke, request, timeout, metadata, credentials, wait_for_ready, compression)
 
-    def _blocking(
-        self,
-        invoke: Callable[..., Any],
-        request: Any,
-        timeout: float | None,
-        metadata: Any,
-        credentials: Any,
-        wait_for_ready: bool | None,
-        compression: Any,
-    ) -> Any:
-        message = prepared(self._prepare, request)
-        start = functools.partial(_invoke, invoke, message, wait_for_ready, compression)
-        metadata = None if metadata is None else tuple(metadata)
-        if credentials is not None or (metadata and carries_own_authorization(metadata)):
-            return start(timeout, metadata, credentials)
-        call = Call(self._source, deadline_of(timeout))
-        token = self._peek()
-        if token is None:
-            token, timeout = first_token(call)
-        attempt = functools.partial(_start_attempt, start, metadata)
-        try:
-            return attempted(call, attempt, token, timeout)
-        except grpc.RpcError as error:
-            if code_of(error) is not UNAUTHENTICATED:
-                raise
-            refusal = error
-        try:
-            return invoke_again(call, token, refusal, attempt)
-        finally:
-            del refusal
-
     def future(
         self,
         request: Any,
@@ -228,33 +240,14 @@ class UnaryUnary(grpc.UnaryUnaryMultiCallable):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.UnaryUnaryMultiCallable.future`. Does not wait for a token."""
-        message = prepared(self._prepare, request)
-        return start_call(
-            self._source,
-            functools.partial(_invoke, self._inner.future, message, wait_for_ready, compression),
-            timeout,
-            metadata,
-            credentials,
-            self._waiting,
-        )
+        invoke = self._inner.future
+        return self._start(invoke, request, timeout, metadata, credentials, wait_for_ready, compression)
 
 
-class UnaryStream(grpc.UnaryStreamMultiCallable):
+class UnaryStream(_MultiCallable, grpc.UnaryStreamMultiCallable):
     """Server streams that carry tokens."""
 
-    __slots__ = ("_inner", "_prepare", "_source", "_waiting")
-
-    def __init__(
-        self,
-        inner: grpc.UnaryStreamMultiCallable,
-        source: TokenSource,
-        prepare: Callable[[Any], Any],
-        waiting: WaitingCalls | None = None,
-    ) -> None:
-        self._inner = inner
-        self._source = source
-        self._prepare = prepare
-        self._waiting = waiting
+    __slots__ = ()
 
     def __call__(
         self,
@@ -266,35 +259,13 @@ class UnaryStream(grpc.UnaryStreamMultiCallable):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.UnaryStreamMultiCallable.__call__`. Does not wait for a token."""
-        message = prepared(self._prepare, request)
-        return start_call(
-            self._source,
-            functools.partial(_invoke, self._inner, message, wait_for_ready, compression),
-            timeout,
-            metadata,
-            credentials,
-            self._waiting,
-        )
+        return self._start(self._inner, request, timeout, metadata, credentials, wait_for_ready, compression)
 
 
-class StreamUnary(grpc.StreamUnaryMultiCallable):
+class StreamUnary(_OfManyRequests, grpc.StreamUnaryMultiCallable):
     """Client streams that carry tokens."""
 
-    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source", "_waiting")
-
-    def __init__(
-        self,
-        inner: grpc.StreamUnaryMultiCallable,
-        source: TokenSource,
-        prepare: Callable[[Any], Any],
-        replay_limit: int,
-        waiting: WaitingCalls | None = None,
-    ) -> None:
-        self._inner = inner
-        self._source = source
-        self._prepare = prepare
-        self._replay_limit = replay_limit
-        self._waiting = waiting
+    __slots__ = ()
 
     def __call__(
         self,
@@ -322,49 +293,6 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):
         invoke = self._inner.with_call
         return self._blocking(invoke, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
-    def _blocking(
-        self,
-        invoke: Callable[..., Any],
-        request_iterator: Iterator[Any],
-        timeout: float | None,
-        metadata: Any,
-        credentials: Any,
-        wait_for_ready: bool | None,
-        compression: Any,
-    ) -> Any:
-        if metadata is not None:
-            metadata = tuple(metadata)
-        if credentials is not None or (metadata and carries_own_authorization(metadata)):
-            requests = replayable(request_iterator, self._prepare, 0)
-            return _invoke(invoke, requests.attempt(), wait_for_ready, compression, timeout, metadata, credentials)
-        call = Call(self._source, deadline_of(timeout))
-        token = self._source.peek()
-        if token is None:
-            token, timeout = first_token(call)
-        requests = replayable(request_iterator, self._prepare, self._replay_limit)
-
-        def attempt(token: Token, timeout: float | None) -> Any:
-            metadata_sent = attached(token, metadata)
-            return _invoke(invoke, requests.attempt(), wait_for_ready, compression, timeout, metadata_sent, None)
-
-        refusal = None
-        try:
-            return attempted(call, attempt, token, timeout)
-        except grpc.RpcError as error:
-            if code_of(error) is not UNAUTHENTICATED:
-                raise
-            refusal = error
-        except ValueError as error:
-            raise redacted(error, token) from None
-        finally:
-            if refusal is None:
-                requests.stop()
-        try:
-            return invoke_again(call, token, refusal, attempt, replayable=requests.rewind())
-        finally:
-            requests.stop()
-            del refusal
-
     def future(
         self,
         request_iterator: Iterator[Any],
@@ -375,35 +303,14 @@ class StreamUnary(grpc.StreamUnaryMultiCallable):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.StreamUnaryMultiCallable.future`. Does not wait for a token."""
-        return start_streaming_call(
-            self._source,
-            functools.partial(_invoke_streaming, self._inner.future, wait_for_ready, compression),
-            replayable(request_iterator, self._prepare, self._replay_limit),
-            timeout,
-            metadata,
-            credentials,
-            self._waiting,
-        )
+        invoke = self._inner.future
+        return self._start(invoke, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
 
-class StreamStream(grpc.StreamStreamMultiCallable):
+class StreamStream(_OfManyRequests, grpc.StreamStreamMultiCallable):
     """Bidirectional streams that carry tokens."""
 
-    __slots__ = ("_inner", "_prepare", "_replay_limit", "_source", "_waiting")
-
-    def __init__(
-        self,
-        inner: grpc.StreamStreamMultiCallable,
-        source: TokenSource,
-        prepare: Callable[[Any], Any],
-        replay_limit: int,
-        waiting: WaitingCalls | None = None,
-    ) -> None:
-        self._inner = inner
-        self._source = source
-        self._prepare = prepare
-        self._replay_limit = replay_limit
-        self._waiting = waiting
+    __slots__ = ()
 
     def __call__(
         self,
@@ -415,15 +322,8 @@ class StreamStream(grpc.StreamStreamMultiCallable):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.StreamStreamMultiCallable.__call__`. Does not wait for a token."""
-        return start_streaming_call(
-            self._source,
-            functools.partial(_invoke_streaming, self._inner, wait_for_ready, compression),
-            replayable(request_iterator, self._prepare, self._replay_limit),
-            timeout,
-            metadata,
-            credentials,
-            self._waiting,
-        )
+        invoke = self._inner
+        return self._start(invoke, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: int) -> Any:
@@ -436,182 +336,12 @@ def authenticated_multicallable(inner: Any, source: TokenSource, replay_limit: i
     # By name first: grpc_testing's UnaryStream says that it is a StreamStreamMultiCallable.
     name = type(inner).__name__
     if isinstance(inner, grpc.UnaryUnaryMultiCallable):
-        return UnaryUnary(inner, source, prepare)
+        return UnaryUnary(inner, source, prepare, replay_limit)
     if isinstance(inner, grpc.UnaryStreamMultiCallable) or "UnaryStream" in name:
-        return UnaryStream(inner, source, prepare)
+        return UnaryStream(inner, source, prepare, replay_limit)
     if isinstance(inner, grpc.StreamUnaryMultiCallable):
         return StreamUnary(inner, source, prepare, replay_limit)
     return StreamStream(inner, source, prepare, replay_limit)
-
-
-# Shared with the native interceptor
-
-
-def first_token(call: Call) -> tuple[Token, float | None]:
-    """Waits for a token for a first attempt; returns it and what is left of the timeout."""
-    decision = call.begin(call.ask())
-    if isinstance(decision, Failure):
-        raise local_error(decision)
-    return decision.token, decision.timeout
-
-
-def invoke_again(
-    call: Call,
-    token: Token,
-    refusal: grpc.RpcError,
-    attempt: Callable[[Token, float | None], Any],
-    *,
-    replayable: bool = True,
-) -> Any:
-    """What becomes of a blocking call whose first attempt, made with `token`, ended with `refusal`."""
-    if not call.refused(token, replayable=replayable):
-        raise refusal
-    decision = call.again(call.ask())
-    if isinstance(decision, Failure):
-        raise local_error(decision)
-    if not isinstance(decision, Send):
-        raise refusal from decision.cause
-    try:
-        return attempted(call, attempt, decision.token, decision.timeout)
-    except grpc.RpcError as error:
-        if code_of(error) is UNAUTHENTICATED:
-            call.refused(decision.token)
-        raise
-
-
-def attempted(call: Call, attempt: Callable[[Token, float | None], Any], token: Token, timeout: float | None) -> Any:
-    """What a blocking attempt returns; `call` hears how it ended, unless it was refused."""
-    try:
-        result = attempt(token, timeout)
-    except grpc.RpcError as error:
-        code = code_of(error)
-        if code is not None and code is not UNAUTHENTICATED:
-            call.ended(code.name)
-        raise
-    call.passed()
-    return result
-
-
-def code_of(error: grpc.RpcError) -> grpc.StatusCode | None:
-    """The status that `error` tells of; None if it is a bare one, as interceptors may raise it."""
-    code = getattr(error, "code", None)
-    return None if code is None else code()
-
-
-def start_call(
-    source: TokenSource,
-    invoke: Callable[[float | None, Any, Any], Any],
-    timeout: float | None,
-    metadata: Any,
-    credentials: Any,
-    waiting: WaitingCalls | None,
-) -> Any:
-    """Starts a call with one request; `invoke(timeout, metadata, credentials)` starts an attempt. Never waits."""
-    metadata = None if metadata is None else tuple(metadata)
-    if credentials is not None or (metadata and carries_own_authorization(metadata)):
-        return invoke(timeout, metadata, credentials)
-    call = AuthenticatedCall(
-        source,
-        functools.partial(_start_attempt, invoke, metadata),
-        Call(source, deadline_of(timeout)),
-        waiting=waiting,
-    )
-    call.begin(source.peek(), timeout)
-    return call
-
-
-def start_streaming_call(
-    source: TokenSource,
-    invoke: Callable[[Iterator[Any], float | None, Any, Any], Any],
-    requests: ReplayableRequests[Any, Any],
-    timeout: float | None,
-    metadata: Any,
-    credentials: Any,
-    waiting: WaitingCalls | None,
-) -> Any:
-    """`start_call` for a request stream; `invoke` takes the requests first."""
-    metadata = None if metadata is None else tuple(metadata)
-    if credentials is not None or (metadata and carries_own_authorization(metadata)):
-        requests.free()
-        return invoke(requests.attempt(), timeout, metadata, credentials)
-    call = AuthenticatedCall(
-        source,
-        functools.partial(_start_streaming_attempt, invoke, requests, metadata),
-        Call(source, deadline_of(timeout)),
-        requests,
-        waiting=waiting,
-    )
-    call.begin(source.peek(), timeout)
-    return call
-
-
-def replayable(
-    request_iterator: Iterator[Any], prepare: Callable[[Any], Any], limit: int
-) -> ReplayableRequests[Any, Any]:
-    """The caller's requests, kept as `prepare` makes them."""
-    if prepare is snapshot:
-        return ReplayableRequests(request_iterator, prepare, size_of, limit)
-    return ReplayableRequests(request_iterator, functools.partial(prepared, prepare), _length, limit)
-
-
-def _length(message: Any) -> int:
-    return 0 if message is None else len(message)
-
-
-def attached(token: Token, metadata: tuple[Any, ...] | None) -> Any:
-    """The caller's metadata, in order, and the token."""
-    return (*metadata, *token.metadata) if metadata else token.metadata
-
-
-def redacted(error: ValueError, token: Token) -> ValueError:
-    """`error` without the token, which gRPC shows when other metadata is invalid."""
-    return ValueError(*(arg.replace(token.value, "***") if isinstance(arg, str) else arg for arg in error.args))
-
-
-def _invoke(
-    invoke: Callable[..., Any],
-    message: Any,
-    wait_for_ready: bool | None,
-    compression: Any,
-    timeout: float | None,
-    metadata: Any,
-    credentials: Any,
-) -> Any:
-    if wait_for_ready is None and compression is None:
-        # Channels that are not gRPC's own, grpc_testing's for one, may not know the other two.
-        return invoke(message, timeout, metadata, credentials)
-    return invoke(message, timeout, metadata, credentials, wait_for_ready, compression)
-
-
-def _invoke_streaming(
-    invoke: Callable[..., Any],
-    wait_for_ready: bool | None,
-    compression: Any,
-    messages: Any,
-    timeout: float | None,
-    metadata: Any,
-    credentials: Any,
-) -> Any:
-    return _invoke(invoke, messages, wait_for_ready, compression, timeout, metadata, credentials)
-
-
-def _start_attempt(
-    invoke: Callable[[float | None, Any, Any], Any], metadata: Any, token: Token, timeout: float | None
-) -> Any:
-    try:
-        return invoke(timeout, attached(token, metadata), None)
-    except ValueError as error:
-        raise redacted(error, token) from None
-
-
-def _start_streaming_attempt(
-    invoke: Callable[[Iterator[Any], float | None, Any, Any], Any],
-    requests: ReplayableRequests[Any, Any],
-    metadata: Any,
-    token: Token,
-    timeout: float | None,
-) -> Any:
-    return _start_attempt(functools.partial(invoke, requests.attempt()), metadata, token, timeout)
 
 
 def _registered(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from interceptors.call import REPLAY_LIMIT, Call, carries_own_authorization, deadline_of
+from interceptors.call import REPLAY_LIMIT, Call, deadline_of
 from interceptors.channels import check_replay_limit, check_source
 from interceptors.grpc_sync.call import AuthenticatedCall, is_done
-from interceptors.grpc_sync.channel import UNAUTHENTICATED, attached, redacted
+from interceptors.grpc_sync.calling import UNAUTHENTICATED, attached, is_untouched, redacted
 from interceptors.messages import as_it_is, size_of
 from interceptors.replay import ReplayableRequests
 
@@ -89,7 +89,7 @@ class BearerInterceptor(
         requests: ReplayableRequests[Any, Any] | None = None,
     ) -> Any:
         metadata = None if details.metadata is None else tuple(details.metadata)
-        if details.credentials is not None or (metadata and carries_own_authorization(metadata)):
+        if is_untouched(metadata, details.credentials):
             if requests is not None:
                 requests.free()
             return continuation(_Details.of(details, metadata, details.timeout), request)
