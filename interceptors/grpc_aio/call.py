@@ -6,12 +6,8 @@ An attempt's end is noticed through its callback, so that a call which nobody aw
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import inspect
 import logging
-import weakref
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -19,10 +15,10 @@ import grpc.aio
 from grpc.aio import AioRpcError
 
 from interceptors.call import Call, Failure, Send, Surface
-from interceptors.grpc_aio.requests import STYLE_ERROR
+from interceptors.grpc_aio.statuses import is_ok, is_provisional, now, said_by, status_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from interceptors.grpc_aio.requests import IteratedRequests, RequestStream
     from interceptors.source import TokenSource
@@ -34,7 +30,6 @@ _CANCELLED_DETAILS: Final = "Locally cancelled by application!"
 _CLOSED_DETAILS: Final = "Channel is closed."
 _TRAILERS_ONLY_SECONDS: Final = 0.05
 _PROVISIONAL_SECONDS: Final = tuple(0.001 * 2**step for step in range(10))
-_PROVISIONAL_DETAILS: Final = "Internal error from Core"
 
 
 def local_error(failure: Failure) -> AioRpcError:
@@ -120,7 +115,7 @@ class AuthenticatedCall:
     def attempt_ended(self, attempt: Any) -> bool:
         """Deals with the end of `attempt`, of which it may be told more than once; True if it has been."""
         try:
-            if self._requests is None and self._dealings is None and _is_ok(attempt):
+            if self._requests is None and self._dealings is None and is_ok(attempt):
                 self._ended = attempt
                 self._over = True
                 if self._waiting or self._callbacks:
@@ -135,11 +130,11 @@ class AuthenticatedCall:
         """Decides, once, what the end of `attempt` means."""
         if self._over or attempt is self._ended or attempt is not self._attempt:
             return
-        if _is_ok(attempt):
+        if is_ok(attempt):
             self._settle_as(attempt, grpc.StatusCode.OK)
             return
-        code = _now(attempt.code())
-        if code is None or (self._requests is not None and _is_provisional(attempt, code)):
+        code = now(attempt.code())
+        if code is None or (self._requests is not None and is_provisional(attempt, code)):
             if self._settling is None:
                 self._settling = asyncio.ensure_future(self._settle_later(attempt))
             return
@@ -155,7 +150,7 @@ class AuthenticatedCall:
             self._finish()
             return
         if self._requests is not None:
-            self._status = _status_now(attempt)
+            self._status = status_now(attempt)
         if code is not grpc.StatusCode.UNAUTHENTICATED:
             self._call.ended(code.name)
         else:
@@ -175,7 +170,7 @@ class AuthenticatedCall:
         for delay in _PROVISIONAL_SECONDS:
             if self._ended is attempt:
                 return
-            if not _is_provisional(attempt, code):
+            if not is_provisional(attempt, code):
                 break
             await asyncio.sleep(delay)
             code = await attempt.code()
@@ -339,14 +334,14 @@ class AuthenticatedCall:
                     await self._next_change()
                 attempt = self._attempt
                 if attempt is None:
-                    return await _said(await self._final(), "initial_metadata")
+                    return await said_by(await self._final(), "initial_metadata")
             metadata = await attempt.initial_metadata()
             if not metadata and not self._committed and not self._over and self._ended is not attempt:
                 # As in the sync twin: of an answer that is all trailers, this may come a moment before the status.
                 await asyncio.wait([self._next_change()], timeout=_TRAILERS_ONLY_SECONDS)
             self._notice()
             if self._over:
-                return await _said(await self._final(), "initial_metadata")
+                return await said_by(await self._final(), "initial_metadata")
             if attempt is not self._ended:
                 return metadata
             while self._attempt is attempt and not self._over:
@@ -355,19 +350,19 @@ class AuthenticatedCall:
 
     async def trailing_metadata(self) -> Any:
         """See `grpc.aio.Call.trailing_metadata`."""
-        return await _said(await self._final(), "trailing_metadata")
+        return await said_by(await self._final(), "trailing_metadata")
 
     async def code(self) -> Any:
         """See `grpc.aio.Call.code`."""
-        return await _said(await self._final(), "code")
+        return await said_by(await self._final(), "code")
 
     async def details(self) -> Any:
         """See `grpc.aio.Call.details`."""
-        return await _said(await self._final(), "details")
+        return await said_by(await self._final(), "details")
 
     async def debug_error_string(self) -> Any:
         """What gRPC's core says of an error, beyond its details."""
-        return await _said(await self._final(), "debug_error_string")
+        return await said_by(await self._final(), "debug_error_string")
 
     async def wait_for_connection(self) -> None:
         """See `grpc.aio.Call.wait_for_connection`."""
@@ -446,240 +441,6 @@ class AuthenticatedCall:
     __str__ = __repr__
 
 
-class _UnaryResponse(AuthenticatedCall):
-    def __await__(self) -> Generator[Any, None, Any]:
-        try:
-            attempt = self._attempt
-            if attempt is None:
-                attempt = yield from self._following(None).__await__()
-            while True:
-                try:
-                    return (yield from attempt.__await__())
-                except AioRpcError as error:
-                    following = yield from self._following(attempt).__await__()
-                    if following is attempt:
-                        raise self.final_error(error) from self._cause
-                    attempt = following
-        except asyncio.CancelledError:
-            # Whoever awaits a call and is cancelled cancels the call, as with a plain one.
-            self.cancel()
-            raise
-
-
-class _StreamResponse(AuthenticatedCall):
-    _iterator: AsyncIterator[Any] | None = None
-    _style: str | None = None
-    _reading = False
-    _unread: deque[Any] | None = None  # what was read ahead of the caller; see `_settle_later`
-    _loop: asyncio.AbstractEventLoop
-
-    # A stream that nobody holds any more is cancelled, as gRPC means to do it: so its attempt knows it weakly only. But
-    # whoever waits for it, or wants to be called back, need not hold it.
-
-    def _watch(self, attempt: Any) -> None:
-        self._loop = asyncio.get_running_loop()
-        attempt.add_done_callback(functools.partial(_attempt_of_stream_ended, weakref.ref(self)))
-
-    def _next_change(self) -> asyncio.Future[None]:
-        _pinned.add(self)
-        return super()._next_change()
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        super().add_done_callback(callback)
-        if self._callbacks:
-            _pinned.add(self)
-
-    def _wake(self) -> None:
-        super()._wake()
-        if not self._callbacks:
-            _pinned.discard(self)
-
-    def _finish(self) -> None:
-        super()._finish()
-        _pinned.discard(self)
-
-    def __del__(self) -> None:
-        if not self._over and self._attempt is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(_give_up, self._attempt, self._requests)
-
-    def _use(self, style: str) -> None:
-        if self._style not in {None, style}:
-            raise grpc.aio.UsageError(STYLE_ERROR)
-        self._style = style
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        self._use("iterator")
-        if self._iterator is None:
-            self._iterator = self._responses()
-        return self._iterator
-
-    async def _responses(self) -> AsyncIterator[Any]:
-        while (response := await self._next(_iterated)) is not grpc.aio.EOF:
-            yield response
-            if self._unread is None:
-                break
-        else:
-            return
-        # From the first response on, nothing but the final attempt's end can matter.
-        attempt = self._attempt
-        try:
-            async for response in attempt:
-                yield response
-        except AioRpcError as error:
-            await self._following(attempt)
-            raise self.final_error(error) from self._cause
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-
-    async def read(self) -> Any:
-        """See `grpc.aio.UnaryStreamCall.read`."""
-        if not (self._over and self._attempt is not None):
-            self._use("reader")
-        return await self._next(_read)
-
-    async def _next(self, read: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-        """The next response, or EOF."""
-        try:
-            return await self._next_of_whichever(read)
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-
-    async def _next_of_whichever(self, read: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-        attempt = self._attempt if self._attempt is not None else await self._following(None)
-        while True:
-            if self._unread is not None:
-                attempt = await self._following(attempt)
-                if self._unread is not None:
-                    return self._next_unread()
-            if self._error is not None:
-                self._raise_local()
-            try:
-                self._reading = True
-                response = await read(attempt)
-            except AioRpcError as error:
-                following = await self._following(attempt)
-                if following is attempt:
-                    raise self.final_error(error) from self._cause
-                attempt = following
-            else:
-                if response is grpc.aio.EOF or self._committed or self._commit(attempt):
-                    return response
-                attempt = await self._following(attempt)
-            finally:
-                self._reading = False
-
-    def _next_unread(self) -> Any:
-        assert self._unread is not None
-        if self._unread:
-            return self._unread.popleft()
-        if self._status is not None:
-            raise self._status from self._cause
-        return grpc.aio.EOF
-
-    async def _settle_later(self, attempt: Any) -> None:
-        if not self._committed and not self._reading:
-            # The server's status comes after its responses, and nobody reads them. They are the caller's if the
-            # attempt was the final one.
-            self._unread = deque()
-            responses = attempt.__aiter__()
-            try:
-                async for response in responses:
-                    self._unread.append(response)
-            except AioRpcError:
-                pass  # the status is there
-            except asyncio.CancelledError:
-                if not self._over:
-                    raise
-        await super()._settle_later(attempt)
-
-    def adopt(self, token: Token, attempt: Any) -> None:
-        self._unread = None
-        super().adopt(token, attempt)
-
-
-class _StreamRequest(AuthenticatedCall):
-    _requests: RequestStream | IteratedRequests
-
-    async def write(self, request: Any) -> None:
-        """See `grpc.aio.StreamUnaryCall.write`."""
-        await self._requests.write(request)
-
-    async def done_writing(self) -> None:
-        """See `grpc.aio.StreamUnaryCall.done_writing`."""
-        await self._requests.done_writing()
-
-    @property
-    def _done_writing_flag(self) -> bool:
-        # What gRPC's own intercepted calls ask of the call beneath them before they write.
-        return self._requests.half_closed
-
-
-class UnaryUnaryCall(_UnaryResponse, grpc.aio.UnaryUnaryCall):
-    """A unary call that is made once more with another token if its first attempt is refused."""
-
-
-class UnaryStreamCall(_StreamResponse, grpc.aio.UnaryStreamCall):
-    """A server stream that is made once more with another token if its first attempt is refused."""
-
-
-class StreamUnaryCall(_StreamRequest, _UnaryResponse, grpc.aio.StreamUnaryCall):
-    """A client stream that is made once more with another token if its first attempt is refused."""
-
-
-class StreamStreamCall(_StreamRequest, _StreamResponse, grpc.aio.StreamStreamCall):
-    """A bidirectional stream that is made once more with another token if its first attempt is refused."""
-
-
-async def _said(teller: Any, what: str) -> Any:
-    """What an error, or an attempt that is over, says of itself."""
-    said = getattr(teller, what)()
-    return said if isinstance(teller, AioRpcError) else await said
-
-
-async def _iterated(attempt: Any) -> Any:
-    return await anext(attempt.__aiter__(), grpc.aio.EOF)
-
-
-async def _read(attempt: Any) -> Any:
-    return await attempt.read()
-
-
-def _now(answer: Coroutine[Any, Any, Any]) -> Any:
-    """What `answer` returns if it need not wait; else None."""
-    try:
-        answer.send(None)
-    except StopIteration as returned:
-        return returned.value
-    answer.close()
-    return None
-
-
-def _is_provisional(attempt: Any, code: grpc.StatusCode) -> bool:
-    """Whether `code` is not the server's.
-
-    When a write fails because the server has ended the call, grpc.aio says INTERNAL: before it has read the server's
-    status, which then replaces it, or afterwards.
-    """
-    return code is grpc.StatusCode.INTERNAL and _now(attempt.details()) == _PROVISIONAL_DETAILS
-
-
-def _status_now(attempt: Any) -> AioRpcError | None:
-    """How `attempt`, which is over, has failed; kept because grpc.aio may put something else in its place."""
-    code = _now(attempt.code())
-    if code is None:
-        return None
-    return AioRpcError(
-        code,
-        _now(attempt.initial_metadata()),
-        _now(attempt.trailing_metadata()),
-        _now(attempt.details()),
-        _now(attempt.debug_error_string()),
-    )
-
-
 class _Ending:
     """Tells a call that an attempt is over, and then forgets the call: or they would keep each other alive."""
 
@@ -720,25 +481,3 @@ class WaitingCalls:
         for call in list(self._calls):
             call.channel_closed()
         return None if grace is None else max(deadline - loop.time(), 0.0)
-
-
-# Streams that somebody waits for and nobody need hold.
-_pinned: set[AuthenticatedCall] = set()
-
-
-def _give_up(attempt: Any, requests: RequestStream | IteratedRequests | None) -> None:
-    attempt.cancel()
-    if requests is not None:
-        requests.stop()
-
-
-def _attempt_of_stream_ended(call_of: weakref.ref[AuthenticatedCall], attempt: Any) -> None:
-    call = call_of()
-    if call is not None:
-        call.attempt_ended(attempt)
-
-
-def _is_ok(attempt: Any) -> bool:
-    """Whether `attempt`, which is over, has ended well; False if that takes a closer look."""
-    native = getattr(attempt, "_cython_call", None)
-    return native is not None and native.is_ok()

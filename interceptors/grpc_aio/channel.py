@@ -14,14 +14,8 @@ import grpc
 import grpc.aio
 
 from interceptors.call import REPLAY_LIMIT, carries_own_authorization, deadline_of
-from interceptors.grpc_aio.call import (
-    AuthenticatedCall,
-    StreamStreamCall,
-    StreamUnaryCall,
-    UnaryStreamCall,
-    UnaryUnaryCall,
-    WaitingCalls,
-)
+from interceptors.grpc_aio.call import AuthenticatedCall, WaitingCalls
+from interceptors.grpc_aio.kinds import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall
 from interceptors.grpc_aio.requests import IteratedRequests, RequestStream
 from interceptors.messages import as_it_is, log_unserialisable, prepared, snapshot
 

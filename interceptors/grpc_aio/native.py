@@ -10,7 +10,8 @@ from grpc.aio import ClientCallDetails
 
 from interceptors.call import REPLAY_LIMIT, Call, Failure, Send, Surface, carries_own_authorization, deadline_of
 from interceptors.channels import check_replay_limit, check_source
-from interceptors.grpc_aio.call import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall, local_error
+from interceptors.grpc_aio.call import local_error
+from interceptors.grpc_aio.kinds import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall
 from interceptors.grpc_aio.requests import IteratedRequests
 from interceptors.messages import as_it_is
 
