@@ -34,7 +34,7 @@ _log = logging.getLogger("interceptors")
 _LOCK_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 1.0
 _SAVE_AGAIN_SECONDS = 60.0
-_CLOSE_SECONDS = 30.0
+_CLOSE_SECONDS = 120.0  # the wait for the lock, and then an issuer that answers each of its requests at the last moment
 _SHORTEST_SECRET = 8
 
 
@@ -168,6 +168,7 @@ class RefreshingTokenSource(TokenSource):
         self._jobs: SimpleQueue[_Round | None] = SimpleQueue()
         self._round: _Round | None = None
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
         self._nudge_after = _NEVER
         self._untold = None
 
@@ -247,9 +248,13 @@ class RefreshingTokenSource(TokenSource):
             self._closed = True
             thread = self._thread
             self._jobs.put(None)
+        if thread is threading.current_thread():
+            return
+        # Ctrl-C may end the wait; the end of the program then waits again. It could not join the thread again, which
+        # CPython 3.11 believes to have ended once a join was interrupted.
+        if thread is not None and self._ended.wait(_CLOSE_SECONDS):
+            thread.join()
         _open_sources.discard(self)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -322,7 +327,9 @@ class RefreshingTokenSource(TokenSource):
         if self._thread is None:
             jobs = self._jobs
             source = weakref.ref(self, lambda _: jobs.put(None))
-            thread = threading.Thread(target=_work, args=(source, jobs), name="interceptors-token-source", daemon=True)
+            thread = threading.Thread(
+                target=_work, args=(source, jobs, self._ended), name="interceptors-token-source", daemon=True
+            )
             thread.start()
             self._thread = thread
 
@@ -564,8 +571,18 @@ def _close_all() -> None:
         source.close()
 
 
-def _work(source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Round | None]) -> None:
-    """What the source's thread does. It holds the source only while it works, so that one left behind is collected."""
+def _work(
+    source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Round | None], ended: threading.Event
+) -> None:
+    """What the source's thread does; it sets `ended` when it is done."""
+    try:
+        _serve(source_of, jobs)
+    finally:
+        ended.set()
+
+
+def _serve(source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Round | None]) -> None:
+    """Does what is asked. It holds the source only while it works, so that one left behind is collected."""
     stop = False
     while not stop:
         source = source_of()

@@ -329,6 +329,44 @@ def test_a_refresh_under_way_at_the_end_of_the_program_is_finished_and_saved(end
     assert finished.stderr == ""
 
 
+def test_closing_that_ctrl_c_interrupts_does_not_lose_the_refresh_under_way(tmp_path):
+    finished = run_program(f"""
+        import os, signal, threading, time
+        from interceptors import FileStore, RefreshingTokenSource, Session
+
+        store = FileStore({str(tmp_path / "session")!r})
+        now = time.time()
+        # Still good, in its last quarter: a refresh runs in the background, and nobody waits for it but close().
+        store.save(Session(access_token="old", issued_at=now - 3300, expires_at=now + 300, refresh_token="first"))
+        begun, interrupted = threading.Event(), threading.Event()
+
+        def refresh(session):
+            begun.set()
+            interrupted.wait(10)
+            time.sleep(0.5)  # the issuer has rotated the refresh token, its answer is on the way
+            now = time.time()
+            return Session(access_token="new", issued_at=now, expires_at=now + 3600, refresh_token="second")
+
+        def interrupt():
+            while not source._closed:
+                time.sleep(0.01)
+            time.sleep(0.2)  # what follows it is the wait
+            os.kill(os.getpid(), signal.SIGINT)
+
+        source = RefreshingTokenSource(store, refresh)
+        source.token()
+        source.token()
+        begun.wait(10)
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            source.close()
+        except KeyboardInterrupt:
+            interrupted.set()
+    """)
+    assert finished.returncode == 0, finished.stderr
+    assert '"second"' in (tmp_path / "session").read_text()
+
+
 def test_the_program_ends_at_once_when_nothing_is_under_way():
     finished = run_program("""
         import time
