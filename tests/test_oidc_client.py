@@ -201,12 +201,8 @@ def test_a_confidential_client_authenticates_as_its_issuer_understands(web, meth
         ({"access_token": "a\r\nx-injected: 1"}, "access token"),
         ({"access_token": "å"}, "access token"),
         ({"access_token": ["at"]}, "access token"),
-        ({"expires_in": "soon"}, "expires_in"),
-        ({"expires_in": -1}, "expires_in"),
-        ({"expires_in": True}, "expires_in"),
-        ({"expires_in": "NaN"}, "expires_in"),
         ({"refresh_token": "r\n"}, "refresh_token"),
-        ({"scope": 5}, "scope"),
+        ({"error": 5}, "HTTP 200 without what OAuth asks for"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_refused_and_not_shown(web, changed, says):
@@ -215,6 +211,29 @@ def test_an_answer_that_makes_no_sense_is_refused_and_not_shown(web, changed, sa
         refresh(web)
     assert not isinstance(caught.value, LoginRequired)
     assert "x-injected" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"expires_in": "soon"},
+        {"expires_in": ""},
+        {"expires_in": -1},
+        {"expires_in": True},
+        {"expires_in": "NaN"},
+        {"scope": 5},
+        {"scope": ["a", "b"]},
+        {"scope": "a é"},
+        {"error": ""},
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_beside_a_new_refresh_token_does_not_lose_it(web, changed):
+    web.answers["/token"] = (200, {}, {**BEARER, "refresh_token": "next", **changed})
+    session = OidcClient(web.url, "c").refresh(a_session(scope="a b"))
+    assert session.refresh_token == "next"
+    assert session.scope == "a b"
+    assert session.expires_at == (None if "expires_in" in changed else session.issued_at + 60)
 
 
 @pytest.mark.parametrize("expires_in", ["60", 60, 60.0])
@@ -360,6 +379,60 @@ def test_keys_that_cannot_be_had_do_not_lose_a_rotated_session(issuer, client):
     assert refreshed.refresh_token != session.refresh_token
     assert refreshed.subject == "alice"
     assert client.refresh(refreshed).access_token != refreshed.access_token
+
+
+def test_a_key_that_is_not_published_yet_does_not_lose_a_rotated_session(issuer, client):
+    old_keys = httpx.get(f"{issuer.url}/jwks").json()
+    issuer.rotate_keys()
+    issuer.answer_with(200, old_keys, path="/jwks", times=2)
+    session = issuer.session()
+    refreshed = client.refresh(session)
+    assert refreshed.refresh_token != session.refresh_token
+    assert (refreshed.subject, refreshed.id_token) == ("alice", session.id_token)
+    assert client.refresh(refreshed).access_token != refreshed.access_token
+    assert issuer.reuses == 0
+
+
+def test_an_id_token_that_another_key_has_signed_is_refused(issuer, client):
+    published = httpx.get(f"{issuer.url}/jwks").json()
+    issuer.rotate_keys()
+    for key, name in zip(published["keys"], [issuer._keys[0].kid], strict=False):
+        key["kid"] = name
+    issuer.answer_with(200, published, path="/jwks", times=2)
+    with pytest.raises(RefreshError, match="its signature is not the issuer's"):
+        client.refresh(issuer.session())
+
+
+def test_keys_that_do_not_come_hold_up_a_refreshed_session_for_a_moment_only_and_once(web):
+    over = threading.Event()
+
+    def never(_):
+        over.wait(60)
+        return 500, {}, b""
+
+    web.answers[OIDC_DOCUMENT] = web.document(jwks_uri=f"{web.url}/jwks")
+    web.answers["/jwks"] = never
+    web.answers["/token"] = (200, {}, {**BEARER, "id_token": "a.b.c", "refresh_token": "next"})
+    client = OidcClient(web.url, "c", timeout=30)
+    started = time.monotonic()
+    session = client.refresh(a_session(subject="ada"))
+    assert time.monotonic() - started < 15
+    assert (session.refresh_token, session.subject) == ("next", "ada")
+    client.refresh(session)
+    assert [path for path, _, _ in web.seen].count("/jwks") == 1
+    over.set()
+
+
+def test_what_an_answer_is_read_with_is_not_looked_for_after_it_has_come(web):
+    def answer(_):
+        # Another thread, whose own request was answered with rubbish, has had the document forgotten.
+        client._discovered = None
+        web.answers[OIDC_DOCUMENT] = (503, {}, b"")
+        return 200, {}, {**BEARER, "id_token": "a.b.c", "refresh_token": "next"}
+
+    web.answers["/token"] = answer
+    client = OidcClient(web.url, "c")
+    assert client.refresh(a_session()).refresh_token == "next"
 
 
 # Logging in

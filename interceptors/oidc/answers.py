@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from interceptors.errors import RefreshError
 from interceptors.session import Session
@@ -12,6 +12,8 @@ from interceptors.tokens import check_b64token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
 
 _ERROR_CODE: Final = re.compile(r"[a-z_]{1,64}")
 # RFC 6749 appendix A: VSCHAR and the space of a scope.
@@ -80,10 +82,9 @@ def session_from(
         check_b64token(answer.get("access_token"), "the access token")
     except (TypeError, ValueError) as error:
         raise unusable(issuer, str(error)) from None
-    refresh_token, id_token, granted = (
-        printable(answer, key, issuer) for key in ("refresh_token", "id_token", "scope")
-    )
-    expires_in = seconds(answer, "expires_in", issuer)
+    refresh_token, id_token = (printable(answer, key, issuer) for key in ("refresh_token", "id_token"))
+    # Not worth a session, whose old refresh token is spent by now: what makes no sense counts as not said.
+    granted, expires_in = _if_sensible(printable, answer, "scope"), _if_sensible(seconds, answer, "expires_in")
     identity = {name: getattr(before, name) if before else None for name in ("subject", "name", "email")}
     claims = claims_of(id_token)
     if claims is None:
@@ -102,6 +103,13 @@ def session_from(
         client_id=client_id,
         **identity,
     )
+
+
+def _if_sensible(read: Callable[[Mapping[str, Any], str, str], T], answer: Mapping[str, Any], key: str) -> T | None:
+    try:
+        return read(answer, key, "")
+    except RefreshError:
+        return None
 
 
 def printable(answer: Mapping[str, Any], key: str, issuer: str) -> str | None:

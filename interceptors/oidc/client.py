@@ -111,14 +111,16 @@ class OidcClient:
             msg = f"the session at {self.issuer} has expired and has no refresh token: {LOGIN_HINT}"
             raise LoginRequired(msg)
         self._check_owner(session)
+        # All that the answer is read with is there before the refresh token is spent.
+        metadata, checker = self._discover()
         try:
-            issued_at, answer = self._token_request("refresh_token", {"refresh_token": session.refresh_token})
+            issued_at, answer = self._token_request(metadata, "refresh_token", {"refresh_token": session.refresh_token})
         except Refused as refused:
             if refused.error not in _SESSION_ENDED:
                 raise
             msg = f"the session at {self.issuer} has ended ({refused.error}): {LOGIN_HINT}"
             raise LoginRequired(msg) from None
-        return self._session(answer, issued_at, before=session)
+        return self._session(answer, issued_at, checker, before=session)
 
     def login(self, *, open_browser: Callable[[str], object] = _open_browser, timeout: float = 300.0) -> Session:
         """A session for the person who logs in with the browser: authorization code and PKCE (RFC 8252, RFC 7636).
@@ -143,13 +145,14 @@ class OidcClient:
             msg = f"open_browser must be a function of the address, not {type(open_browser).__name__}"
             raise TypeError(msg)
         _check_seconds(timeout, "timeout")
+        metadata, checker = self._discover()
         return login_in_browser(
-            self._metadata(),
+            metadata,
             self.client_id,
             self._scope,
             open_browser=open_browser,
             timeout=timeout,
-            redeem=self._redeem,
+            redeem=lambda redeemable: self._redeem(redeemable, metadata, checker),
         )
 
     def device_login(self, prompt: Callable[[DeviceLogin], object]) -> Session:
@@ -171,18 +174,19 @@ class OidcClient:
         if not callable(prompt):
             msg = f"prompt must be a function of what to tell the person, not {type(prompt).__name__}"
             raise TypeError(msg)
-        endpoint = self._metadata().device_authorization_endpoint
+        metadata, checker = self._discover()
+        endpoint = metadata.device_authorization_endpoint
         if endpoint is None:
             msg = f'{self.issuer} offers no login on another device: try "interceptors login" without --device'
             raise AuthError(msg)
-        begun = device_authorization_from(self._ask(endpoint, {"scope": self._scope}), self.issuer)
+        begun = device_authorization_from(self._ask(metadata, endpoint, {"scope": self._scope}), self.issuer)
         prompt(begun.login)
         issued_at, answer = poll(
-            lambda: self._token_request(DEVICE_GRANT, {"device_code": begun.device_code}),
+            lambda: self._token_request(metadata, DEVICE_GRANT, {"device_code": begun.device_code}),
             interval=begun.interval,
             expires_in=begun.login.expires_in,
         )
-        return self._session(answer, issued_at, scope=self._scope)
+        return self._session(answer, issued_at, checker, scope=self._scope)
 
     def client_credentials(self, session: Session | None = None) -> Session:  # noqa: ARG002 - a refresher's signature
         """A session for the client itself (RFC 6749 section 4.4). It needs none before, so it is a refresher as well.
@@ -197,8 +201,9 @@ class OidcClient:
             msg = "the client credentials grant needs a confidential client: pass client_secret"
             raise AuthError(msg)
         scope = None if self._scope == _DEFAULT_SCOPE else self._scope
-        issued_at, answer = self._token_request("client_credentials", {"scope": scope} if scope else {})
-        return self._session(answer, issued_at, scope=scope)
+        metadata, checker = self._discover()
+        issued_at, answer = self._token_request(metadata, "client_credentials", {"scope": scope} if scope else {})
+        return self._session(answer, issued_at, checker, scope=scope)
 
     def revoke(self, session: Session) -> None:
         """Revokes a session's tokens at the issuer (RFC 7009), so that a copy of them is worthless.
@@ -211,12 +216,13 @@ class OidcClient:
             LoginRequired: The session is another issuer's or client's.
         """
         self._check_owner(session)
-        endpoint = self._metadata().revocation_endpoint
+        metadata, _ = self._discover()
+        endpoint = metadata.revocation_endpoint
         if endpoint is None:
             return
         for hint, token in (("refresh_token", session.refresh_token), ("access_token", session.access_token)):
             if token:
-                response = self._post(endpoint, {"token": token, "token_type_hint": hint})
+                response = self._post(metadata, endpoint, {"token": token, "token_type_hint": hint})
                 # Section 2.2.1: an issuer may be unable to revoke access tokens, and says so.
                 if response.status != http.OK and hint == "refresh_token":
                     msg = f"{self.issuer} did not revoke the session (HTTP {response.status}): try again later"
@@ -237,9 +243,10 @@ class OidcClient:
 
     # Asking
 
-    def _redeem(self, redeemable: Redeemable) -> Session:
+    def _redeem(self, redeemable: Redeemable, metadata: Metadata, checker: IdTokenChecker) -> Session:
         try:
             issued_at, answer = self._token_request(
+                metadata,
                 "authorization_code",
                 {
                     "code": redeemable.code,
@@ -252,22 +259,23 @@ class OidcClient:
                 raise
             msg = f"{self.issuer} did not accept the login ({refused.error}): {LOGIN_HINT} again"
             raise LoginRequired(msg) from None
-        return self._session(answer, issued_at, scope=self._scope, nonce=redeemable.nonce)
+        return self._session(answer, issued_at, checker, scope=self._scope, nonce=redeemable.nonce)
 
-    def _token_request(self, grant_type: str, parameters: Mapping[str, str]) -> tuple[float, dict[str, Any]]:
-        endpoint = self._metadata().token_endpoint
+    def _token_request(
+        self, metadata: Metadata, grant_type: str, parameters: Mapping[str, str]
+    ) -> tuple[float, dict[str, Any]]:
         # Expiry counts from before the request: how long the answer took is not the token's.
         issued_at = time.time()
-        return issued_at, self._ask(endpoint, {"grant_type": grant_type, **parameters})
+        return issued_at, self._ask(metadata, metadata.token_endpoint, {"grant_type": grant_type, **parameters})
 
-    def _ask(self, endpoint: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+    def _ask(self, metadata: Metadata, endpoint: str, parameters: Mapping[str, str]) -> dict[str, Any]:
         try:
-            response = self._post(endpoint, parameters)
+            response = self._post(metadata, endpoint, parameters)
         except http.Unreachable:
             self._discovered = None  # the endpoint may have moved
             raise
         answer = response.content
-        error = (answer or {}).get("error")
+        error = (answer or {}).get("error") or None  # an empty one says nothing
         if isinstance(error, str):
             raise refusal(self.issuer, self.client_id, error, response.retry_after)
         if answer is None or error is not None or response.status != http.OK:
@@ -278,13 +286,13 @@ class OidcClient:
             raise RefreshError(msg, retry_after=response.retry_after)
         return answer
 
-    def _post(self, endpoint: str, parameters: Mapping[str, str]) -> http.Response:
+    def _post(self, metadata: Metadata, endpoint: str, parameters: Mapping[str, str]) -> http.Response:
         from authlib.common.urls import add_params_to_qs
         from authlib.oauth2.auth import ClientAuth
 
         client_id, client_secret, method = self.client_id, self._client_secret, "none"
         if client_secret is not None:
-            methods = self._metadata().token_endpoint_auth_methods
+            methods = metadata.token_endpoint_auth_methods
             basic = "client_secret_basic" in methods or "client_secret_post" not in methods
             method = "client_secret_basic" if basic else "client_secret_post"
             if basic:
@@ -301,13 +309,14 @@ class OidcClient:
         self,
         answer: Mapping[str, Any],
         issued_at: float,
+        checker: IdTokenChecker,
         *,
         scope: str | None = None,
         before: Session | None = None,
         nonce: str | None = None,
     ) -> Session:
         def claims_of(id_token: str | None) -> Mapping[str, Any] | None:
-            return self._claims(id_token, before, nonce)
+            return self._claims(id_token, checker, before, nonce)
 
         return session_from(
             answer,
@@ -319,7 +328,9 @@ class OidcClient:
             claims_of=claims_of,
         )
 
-    def _claims(self, id_token: str | None, before: Session | None, nonce: str | None) -> Mapping[str, Any] | None:
+    def _claims(
+        self, id_token: str | None, checker: IdTokenChecker, before: Session | None, nonce: str | None
+    ) -> Mapping[str, Any] | None:
         from interceptors.oidc.id_tokens import KeysUnavailable
 
         if id_token is None:
@@ -327,17 +338,14 @@ class OidcClient:
                 raise unusable(self.issuer, "it has no id token")
             return None
         if before is None:
-            return self._discover()[1].at_login(id_token, nonce=nonce)
+            return checker.at_login(id_token, nonce=nonce)
         try:
-            return self._discover()[1].at_refresh(id_token, subject=before.subject)
+            return checker.at_refresh(id_token, subject=before.subject)
         except KeysUnavailable:
             # The old refresh token is spent: to lose the new one over an id token would be to lose the session.
             return None
 
     # Discovery
-
-    def _metadata(self) -> Metadata:
-        return self._discover()[0]
 
     def _discover(self) -> tuple[Metadata, IdTokenChecker]:
         from interceptors.oidc.discovery import discover

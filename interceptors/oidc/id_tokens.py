@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from interceptors.errors import RefreshError
 from interceptors.oidc import http
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from joserfc.jwk import KeySet
 
     from interceptors.oidc.discovery import Metadata
 
 _LEEWAY_SECONDS: Final = 60
+# Until a refreshed session is saved, it may be lost: its id token is not worth a long wait, nor one at each refresh.
+_HASTE_SECONDS: Final = 2.0
+_GIVEN_UP_SECONDS: Final = 300.0
 # Signatures that need the issuer's private key: never "none", never a shared secret.
 _ALGORITHMS: Final = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"}
@@ -21,7 +28,7 @@ _ALGORITHMS: Final = frozenset(
 
 
 class KeysUnavailable(RefreshError):  # noqa: N818 - it says what happened
-    """The issuer's keys could not be fetched: nothing is known of the id token."""
+    """The issuer's keys could not be fetched, or lack the one that is needed: nothing is known of the id token."""
 
 
 class IdTokenChecker:
@@ -38,6 +45,7 @@ class IdTokenChecker:
         self._client_id = client_id
         self._timeout = timeout
         self._keys: KeySet | None = None
+        self._given_up_at = -math.inf
 
     def at_login(self, id_token: str, *, nonce: str | None) -> dict[str, Any]:
         """The claims of the id token that a login has yielded.
@@ -50,7 +58,7 @@ class IdTokenChecker:
             RefreshError: The id token is not to be believed.
             KeysUnavailable: The issuer's keys cannot be had.
         """
-        claims = self._signed_claims(id_token)
+        claims = self._signed_claims(id_token, self._fetched_keys)
         self._check(claims, _LEEWAY_SECONDS)
         if nonce is not None and claims.get("nonce") != nonce:
             raise self._refused("it belongs to another login (nonce)")
@@ -70,26 +78,30 @@ class IdTokenChecker:
             RefreshError: The id token is not to be believed.
             KeysUnavailable: The issuer's keys cannot be had.
         """
-        claims = self._signed_claims(id_token)
+        claims = self._signed_claims(id_token, self._keys_in_haste)
         self._check(claims, sys.maxsize)
         if subject is not None and claims["sub"] != subject:
             raise self._refused("it is about another subject than the session")
         return claims
 
-    def _signed_claims(self, id_token: str) -> dict[str, Any]:
+    def _signed_claims(self, id_token: str, fetch: Callable[[], KeySet]) -> dict[str, Any]:
         from joserfc import jwt
         from joserfc.errors import BadSignatureError, InvalidKeyIdError
 
         algorithms = [name for name in self._metadata.id_token_algorithms if name in _ALGORITHMS] or ["RS256"]
         for fresh in (True,) if self._keys is None else (False, True):
-            keys = self._key_set(fresh=fresh)
+            keys = fetch() if fresh or self._keys is None else self._keys
             try:
                 return dict(jwt.decode(id_token, keys, algorithms=algorithms).claims)
             except (InvalidKeyIdError, BadSignatureError) as error:
                 # The issuer may have a new key: ask once.
-                if fresh:
-                    why = f"its signature is not the issuer's ({type(error).__name__})"
-                    raise self._refused(why) from None
+                if not fresh:
+                    continue
+                if isinstance(error, InvalidKeyIdError):
+                    # What has been signed with a new key may be seen before the key is.
+                    msg = f"the key of the id token is not among those that {self._metadata.issuer} publishes"
+                    raise KeysUnavailable(msg) from None
+                raise self._refused("its signature is not the issuer's") from None
             except Exception as error:  # noqa: BLE001 - libraries trip over rubbish each in its own way
                 why = f"it cannot be decoded ({type(error).__name__})"
                 raise self._refused(why) from None
@@ -121,22 +133,31 @@ class IdTokenChecker:
         if claims.get("azp", None if several else self._client_id) != self._client_id:
             raise self._refused("it was made for another client (azp)")
 
-    def _key_set(self, *, fresh: bool) -> KeySet:
-        if self._keys is None or fresh:
-            uri = self._metadata.jwks_uri
-            if uri is None:
-                msg = f"{self._metadata.issuer} publishes no keys (jwks_uri)"
-                raise KeysUnavailable(msg)
-            try:
-                response = http.request("GET", uri, timeout=self._timeout)
-            except RefreshError as error:
-                raise KeysUnavailable(str(error), retry_after=error.retry_after) from error
-            keys = _usable_keys(response.content or {}) if response.status == http.OK else None
-            if not keys:
-                msg = f"the issuer's keys at {uri} cannot be read"
-                raise KeysUnavailable(msg)
-            self._keys = keys
-        return self._keys
+    def _keys_in_haste(self) -> KeySet:
+        if time.monotonic() - self._given_up_at < _GIVEN_UP_SECONDS:
+            msg = f"the keys of {self._metadata.issuer} could not be fetched a moment ago"
+            raise KeysUnavailable(msg)
+        try:
+            return self._fetched_keys(min(self._timeout, _HASTE_SECONDS))
+        except KeysUnavailable:
+            self._given_up_at = time.monotonic()
+            raise
+
+    def _fetched_keys(self, timeout: float | None = None) -> KeySet:
+        uri = self._metadata.jwks_uri
+        if uri is None:
+            msg = f"{self._metadata.issuer} publishes no keys (jwks_uri)"
+            raise KeysUnavailable(msg)
+        try:
+            response = http.request("GET", uri, timeout=timeout or self._timeout)
+        except RefreshError as error:
+            raise KeysUnavailable(str(error), retry_after=error.retry_after) from error
+        keys = _usable_keys(response.content or {}) if response.status == http.OK else None
+        if not keys:
+            msg = f"the issuer's keys at {uri} cannot be read"
+            raise KeysUnavailable(msg)
+        self._keys = keys
+        return keys
 
     def _refused(self, why: str) -> RefreshError:
         return RefreshError(f"the id token from {self._metadata.issuer} is not valid: {why}")
