@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -13,6 +14,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from joserfc import jwt
+from joserfc.errors import SecurityWarning
+from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from interceptors import AuthError, LoginRequired, OidcClient, RefreshError, Session
 from interceptors.testing import FakeIssuer
@@ -401,6 +405,26 @@ def test_an_id_token_that_another_key_has_signed_is_refused(issuer, client):
     issuer.answer_with(200, published, path="/jwks", times=2)
     with pytest.raises(RefreshError, match="its signature is not the issuer's"):
         client.refresh(issuer.session())
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_keys_of_several_kinds_may_share_an_id(web, algorithm):
+    parameters = {"kid": "k", "use": "sig"}
+    keys = {
+        "ES256": ECKey.generate_key("P-256", parameters),
+        "RS256": RSAKey.generate_key(2048, parameters),
+        "EdDSA": OKPKey.generate_key("Ed25519", parameters),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)  # it is not to be seen from here on
+        claims = {"iss": web.url, "sub": "ada", "aud": "c", "exp": time.time() + 60}
+        id_token = jwt.encode({"alg": algorithm, "kid": "k"}, claims, keys[algorithm], algorithms=[algorithm])
+    web.answers[OIDC_DOCUMENT] = web.document(
+        jwks_uri=f"{web.url}/jwks", id_token_signing_alg_values_supported=list(keys)
+    )
+    web.answers["/jwks"] = (200, {}, {"keys": [key.as_dict(private=False) for key in keys.values()]})
+    web.answers["/token"] = (200, {}, {**BEARER, "id_token": id_token})
+    assert refresh(web).subject == "ada"
 
 
 def test_keys_that_do_not_come_hold_up_a_refreshed_session_for_a_moment_only_and_once(web):

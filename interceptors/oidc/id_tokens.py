@@ -85,14 +85,13 @@ class IdTokenChecker:
         return claims
 
     def _signed_claims(self, id_token: str, fetch: Callable[[], KeySet]) -> dict[str, Any]:
-        from joserfc import jwt
         from joserfc.errors import BadSignatureError, InvalidKeyIdError
 
         algorithms = [name for name in self._metadata.id_token_algorithms if name in _ALGORITHMS] or ["RS256"]
         for fresh in (True,) if self._keys is None else (False, True):
             keys = fetch() if fresh or self._keys is None else self._keys
             try:
-                return dict(jwt.decode(id_token, keys, algorithms=algorithms).claims)
+                return _decoded(id_token, keys, algorithms)
             except (InvalidKeyIdError, BadSignatureError) as error:
                 # The issuer may have a new key: ask once.
                 if not fresh:
@@ -161,6 +160,27 @@ class IdTokenChecker:
 
     def _refused(self, why: str) -> RefreshError:
         return RefreshError(f"the id token from {self._metadata.issuer} is not valid: {why}")
+
+
+def _decoded(id_token: str, keys: KeySet, algorithms: list[str]) -> dict[str, Any]:
+    from joserfc import jwt
+    from joserfc.errors import UnsupportedAlgorithmError
+    from joserfc.jwk import KeySet
+    from joserfc.jws import CompactSignature, JWSRegistry
+
+    class Registry(JWSRegistry):
+        def get_alg(self, name: str) -> Any:
+            # joserfc's own warns of EdDSA, which is the issuer's choice, and where warnings are errors would refuse it.
+            if name not in algorithms:
+                raise UnsupportedAlgorithmError(name)
+            return self.algorithms[name]
+
+    def of_its_kind(signature: CompactSignature) -> KeySet:
+        # RFC 7517 section 4.5: keys of different types may have the same id.
+        kinds = KeySet.algorithm_keys[signature.headers()["alg"]]
+        return KeySet([key for key in keys if key.key_type in kinds])
+
+    return dict(jwt.decode(id_token, of_its_kind, registry=Registry()).claims)  # type: ignore[arg-type]
 
 
 def _usable_keys(content: dict[str, Any]) -> KeySet | None:
