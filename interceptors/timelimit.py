@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def in_time(work: Callable[[], T], seconds: float, name: str) -> T:
+def in_time(work: Callable[[], T], seconds: float | None, name: str, *, daemon: bool = True) -> T:
     """What `work()` returns or raises, if it ends within `seconds`; else it goes on by itself, on a thread `name`.
+
+    Args:
+        work: Is called once.
+        seconds: The longest to wait for it; None waits for as long as nothing, such as Ctrl-C, interrupts.
+        name: The thread's.
+        daemon: Whether the program may end before it has.
 
     Raises:
         TimeoutError: It did not end in time.
@@ -31,7 +37,7 @@ def in_time(work: Callable[[], T], seconds: float, name: str) -> T:
             settle(outcome, result)
 
     try:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=daemon).start()
     except RuntimeError:
         # From Python 3.12 on, no thread can be started while the interpreter shuts down.
         return work()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from click.testing import CliRunner
 from conftest import eventually
 from keyring_backends import FileKeyring, LockedKeyring
 
-from interceptors import FileStore, KeyringStore, Session
+from interceptors import FileStore, KeyringStore, Session, StoreError
 from interceptors.cli import main
 from interceptors.testing import FakeIssuer
 
@@ -221,6 +223,66 @@ def test_refresh_that_fails_does_not_claim_success(issuer, logged_in):
     assert "Token refreshed" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert logged_in.load() is not None
+
+
+def test_a_refresh_that_ctrl_c_interrupts_is_finished_and_saved(issuer, home):
+    store = FileStore(home / "session.json")
+    before = issuer.session()
+    store.save(before)
+    issuer.hold()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interceptors", "refresh", "--store", f"file:{home}/session.json"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    issuer.wait_for_token_requests(1)
+    process.send_signal(signal.SIGINT)
+    assert "Aborted!" in [process.stderr.readline().strip() for _ in range(2)]
+    issuer.release()
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert issuer.refreshes == 1
+    assert store.load().refresh_token != before.refresh_token
+    assert run("refresh", "--store", f"file:{home}/session.json").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["refresh", "token"])
+def test_a_store_that_cannot_be_written_is_noticed_before_the_refresh_token_is_spent(
+    issuer, home, monkeypatch, command
+):
+    store = FileStore(home / "session.json")
+    before = dataclasses.replace(issuer.session(), expires_at=time.time())
+    store.save(before)
+
+    def full(_, session):
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "save", full)
+        result = run(command, "--store", f"file:{home}/session.json")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the disk is full\n"
+    assert issuer.token_requests == []
+    assert store.load() == before
+
+
+def test_saving_a_refreshed_session_is_tried_again(issuer, home, monkeypatch):
+    store = FileStore(home / "session.json")
+    before = issuer.session()
+    store.save(before)
+    save, tried = FileStore.save, []
+
+    def full_for_a_moment(store, session):
+        if session != before:
+            tried.append(session)
+        if len(tried) == 1:
+            raise StoreError("the disk is full")
+        save(store, session)
+
+    monkeypatch.setattr(FileStore, "save", full_for_a_moment)
+    assert run("refresh", "--store", f"file:{home}/session.json").exit_code == 0
+    assert len(tried) == 2
+    assert store.load() == tried[0]
 
 
 def test_logout_revokes_then_forgets(issuer, logged_in):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from interceptors.cli.keeping import keep, refreshed
 from interceptors.cli.settings import LOCK_SECONDS, Settings, with_settings
 from interceptors.errors import LOGIN_HINT, LoginRequired
 from interceptors.freshness import freshness
+from interceptors.timelimit import in_time
 
 if TYPE_CHECKING:
     from interceptors.session import Session
@@ -54,7 +56,11 @@ def token(settings: Settings, *, force: bool) -> None:
 
     store = settings.open_store()
     client = settings.client_of(_stored(store, settings))
-    with RefreshingTokenSource(store, client.refresh) as source:
+
+    def refresh(session: Session | None) -> Session:
+        return client.refresh(None) if session is None else refreshed(client, store, session)
+
+    with RefreshingTokenSource(store, refresh) as source:
         source.token()
         source.peek()  # begins a refresh if one is due by now; leaving waits for it
     session = source.session
@@ -67,10 +73,16 @@ def token(settings: Settings, *, force: bool) -> None:
 def refresh(settings: Settings) -> None:
     """Refresh the access token now, whatever is left of it."""
     store = settings.open_store()
-    with store.lock(LOCK_SECONDS):
-        session = _stored(store, settings)
-        session = settings.client_of(session).refresh(session)
-        store.save(session)
+
+    def refresh_and_keep() -> Session:
+        with store.lock(LOCK_SECONDS):
+            session = _stored(store, settings)
+            session = refreshed(settings.client_of(session), store, session)
+            keep(store, session)
+            return session
+
+    # Ctrl-C ends the command, but not between the issuer's answer and the save: that would be to lose the session.
+    session = in_time(refresh_and_keep, None, "interceptors-refresh", daemon=False)
     lasts = "" if session.expires_at is None else f"; it is good for {_for(session.expires_at - time.time())}"
     click.echo(f"Token refreshed{lasts}.", err=True)
 
