@@ -427,6 +427,30 @@ def test_keys_of_several_kinds_may_share_an_id(web, algorithm):
     assert refresh(web).subject == "ada"
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"iss": ["{url}", "https://another.example.com"]}, "its iss is missing or wrong"),
+        ({"exp": float("nan")}, "its exp is missing or wrong"),
+        ({"sub": 42}, "its sub is missing or wrong"),
+        ({"sub": ""}, "its sub is missing or wrong"),
+        ({"aud": "another"}, "its aud is missing or wrong"),
+        ({"aud": ["c", "another"]}, "azp"),
+    ],
+    ids=str,
+)
+def test_claims_that_are_not_as_they_must_be_are_refused(web, changed, says):
+    key = RSAKey.generate_key(2048, {"kid": "k"})
+    claims = {"iss": web.url, "sub": "ada", "aud": "c", "exp": time.time() + 60, **changed}
+    if "iss" in changed:
+        claims["iss"] = [each.format(url=web.url) for each in claims["iss"]]
+    web.answers[OIDC_DOCUMENT] = web.document(jwks_uri=f"{web.url}/jwks")
+    web.answers["/jwks"] = (200, {}, {"keys": [key.as_dict(private=False)]})
+    web.answers["/token"] = (200, {}, {**BEARER, "id_token": jwt.encode({"alg": "RS256", "kid": "k"}, claims, key)})
+    with pytest.raises(RefreshError, match=says):
+        refresh(web)
+
+
 def test_keys_that_do_not_come_hold_up_a_refreshed_session_for_a_moment_only_and_once(web):
     over = threading.Event()
 
