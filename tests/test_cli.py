@@ -21,8 +21,8 @@ from click.testing import CliRunner
 from conftest import eventually
 from keyring_backends import FileKeyring, LockedKeyring
 
-from interceptors import FileStore, KeyringStore, Session, StoreError
-from interceptors.cli import main
+from interceptors import FileStore, KeyringStore, LoginRequired, OidcClient, Session, StoreError
+from interceptors.cli import keeping, main
 from interceptors.testing import FakeIssuer
 
 
@@ -94,6 +94,89 @@ def test_a_login_that_nobody_completes_ends_in_time(issuer, monkeypatch):
     assert result.exit_code == 1
     assert 'run "interceptors login"' in result.stderr
     assert KeyringStore().load() is None
+
+
+def test_a_device_login_that_nobody_completes_ends_in_time(issuer):
+    issuer.auto_approve = False
+    result = device_login(issuer, "--timeout", "0.2")
+    assert result.exit_code == 1
+    assert 'nobody has approved the login within 0.2 s: run "interceptors login" again' in result.stderr
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """What a browser was sent to; whoever it belongs to logs in at once."""
+    visits = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: visits.append(httpx.get(address, follow_redirects=True)))
+    return visits
+
+
+def browser_login(issuer, store):
+    return run("login", "--issuer", issuer.url, "--client-id", issuer.client_id, "--store", f"file:{store._path}")
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["over a session", "over none"])
+@pytest.mark.parametrize("method", ["lock", "save"])
+def test_nobody_logs_in_for_a_store_that_cannot_keep_it(issuer, home, visits, monkeypatch, method, kept):
+    store = FileStore(home / "session.json")
+    before = issuer.session() if kept else None
+    if kept:
+        store.save(before)
+
+    def fail(*_):
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(FileStore, method, fail)
+    result = browser_login(issuer, store)
+    assert (result.exit_code, result.stderr) == (1, "Error: the disk is full\n")
+    assert (visits, issuer.requests) == ([], [])
+    assert store.load() == before
+
+
+def test_a_store_that_was_proven_is_left_as_it_was(issuer, home, visits):
+    store = FileStore(home / "session.json")
+    with issuer.down():
+        assert browser_login(issuer, store).exit_code == 1
+    assert store.load() is None
+    before = issuer.session()
+    store.save(before)
+    with issuer.down():
+        assert browser_login(issuer, store).exit_code == 1
+    assert store.load() == before
+
+
+def test_a_login_is_kept_though_the_lock_is_not_to_be_had(issuer, home, monkeypatch):
+    store = FileStore(home / "session.json")
+    lock = FileStore.lock
+
+    def held_by_another_after_the_login(store, timeout=None):
+        if issuer.token_requests:
+            raise StoreError("it was locked by another process")
+        return lock(store, timeout)
+
+    monkeypatch.setattr(FileStore, "lock", held_by_another_after_the_login)
+    assert device_login(issuer, "--store", f"file:{home}/session.json").exit_code == 0
+    assert store.load().subject == "alice"
+
+
+def test_a_login_that_cannot_be_kept_is_revoked_and_says_so(issuer, home, monkeypatch):
+    store = FileStore(home / "session.json")
+    save, lost = FileStore.save, []
+
+    def full_after_the_login(store, session):
+        if session.refresh_token:
+            lost.append(session)
+            raise StoreError("the disk is full")
+        save(store, session)
+
+    monkeypatch.setattr(FileStore, "save", full_after_the_login)
+    monkeypatch.setattr(keeping, "_PAUSES", (0.01,))
+    result = device_login(issuer, "--store", f"file:{home}/session.json")
+    assert result.exit_code == 1
+    assert "Error: the disk is full; so the new session was revoked: then run" in result.stderr
+    with pytest.raises(LoginRequired):
+        OidcClient(issuer.url, issuer.client_id).refresh(lost[0])
+    assert store.load() is None
 
 
 def test_a_refused_device_login_says_so_in_one_line(issuer):

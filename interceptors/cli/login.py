@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
+from interceptors.cli.keeping import keep, prove_writable
 from interceptors.cli.settings import LOCK_SECONDS, Settings, with_settings
-from interceptors.errors import AuthError
+from interceptors.errors import LOGIN_HINT, AuthError, StoreError
 from interceptors.stores.format import UnreadableSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from interceptors.oidc.client import OidcClient
     from interceptors.oidc.device import DeviceLogin
+    from interceptors.session import Session
+    from interceptors.stores.base import SessionStore
 
 
 @click.command()
@@ -28,15 +32,17 @@ if TYPE_CHECKING:
 def login(settings: Settings, timeout: float, *, device: bool) -> None:
     """Log in, with the browser or (--device) on any other device, and keep the session."""
     client, store = settings.client(), settings.open_store()
-    with suppress(UnreadableSession):  # for which a login is the way out
-        store.load()  # before anybody logs in in vain
+    prove_writable(store)  # before anybody logs in in vain
     if device:
         with _waiting() as prompt:
-            session = client.device_login(prompt)
+            session = client.device_login(prompt, timeout=timeout)
     else:
         session = client.login(timeout=timeout)
-    with store.lock(LOCK_SECONDS):
-        store.save(session)
+    try:
+        _keep_under_lock(store, session)
+    except StoreError as error:
+        msg = f"{error}; {_revoked(client, session)}"
+        raise StoreError(msg) from error
     who = session.name or session.email or session.subject
     click.echo(f"Logged in{f' as {who}' if who else ''} at {session.issuer}; the session is kept in {store}.", err=True)
 
@@ -63,6 +69,23 @@ def logout(settings: Settings) -> None:
             click.echo(f"Warning: the session may still be valid at its issuer: {error}", err=True)
         store.clear()
     click.echo("Logged out.", err=True)
+
+
+def _keep_under_lock(store: SessionStore, session: Session) -> None:
+    try:
+        with store.lock(LOCK_SECONDS):
+            keep(store, session)
+    except StoreError:
+        # Whoever holds the lock looks for a login that did not wait for it.
+        store.save(session)
+
+
+def _revoked(client: OidcClient, session: Session) -> str:
+    try:
+        client.revoke(session)
+    except AuthError:
+        return f"what was logged in may still be valid at {session.issuer}"
+    return f"so the new session was revoked: then {LOGIN_HINT} again"
 
 
 @contextmanager

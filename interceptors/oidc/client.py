@@ -155,25 +155,29 @@ class OidcClient:
             redeem=lambda redeemable: self._redeem(redeemable, metadata, checker),
         )
 
-    def device_login(self, prompt: Callable[[DeviceLogin], object]) -> Session:
+    def device_login(self, prompt: Callable[[DeviceLogin], object], *, timeout: float | None = None) -> Session:
         """A session for a person who logs in on any other device (RFC 8628).
 
         Args:
             prompt: Is called once, with what to tell the person: `verification_uri`, `user_code`,
                 `verification_uri_complete` (None if there is none) and `expires_in` (seconds). Waiting begins when it
                 returns.
+            timeout: The longest to wait for the person, in seconds; None waits for as long as the code is good.
 
         Raises:
-            LoginRequired: The person has refused, or was not done while the code was good.
+            LoginRequired: The person has refused, or was not done in time.
             RefreshError: The issuer could not be asked, or gave no usable answer.
             AuthError: The issuer has no such login.
-            TypeError: `prompt` is no function.
+            ValueError: `timeout` is not positive.
+            TypeError: An argument is of another type.
         """
         from interceptors.oidc.device import DEVICE_GRANT, device_authorization_from, poll
 
         if not callable(prompt):
             msg = f"prompt must be a function of what to tell the person, not {type(prompt).__name__}"
             raise TypeError(msg)
+        if timeout is not None:
+            _check_seconds(timeout, "timeout")
         metadata, checker = self._discover()
         endpoint = metadata.device_authorization_endpoint
         if endpoint is None:
@@ -184,7 +188,7 @@ class OidcClient:
         issued_at, answer = poll(
             lambda: self._token_request(metadata, DEVICE_GRANT, {"device_code": begun.device_code}),
             interval=begun.interval,
-            expires_in=begun.login.expires_in,
+            expires_in=min(begun.login.expires_in, timeout or math.inf),
         )
         return self._session(answer, issued_at, checker, scope=self._scope)
 
