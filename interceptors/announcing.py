@@ -14,7 +14,10 @@ def announce_refresh(session: Session) -> None:  # noqa: ARG001 - the signature 
     stream = sys.stderr
     if stream is None:  # a program without a console
         return
+    sign = "✓ "
     try:
-        print("✓ Token refreshed", file=stream, flush=True)
+        # Not by printing it: stderr replaces what it cannot show, by something worse.
+        sign.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        print("Token refreshed", file=stream, flush=True)
+        sign = ""
+    print(f"{sign}Token refreshed", file=stream, flush=True)

@@ -110,7 +110,7 @@ def test_a_refresh_is_announced_where_the_application_asks_for_it(issuer, capsys
 
 
 def test_a_console_without_the_sign_gets_the_words(monkeypatch, issuer):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")  # as stderr is
     monkeypatch.setattr(sys, "stderr", console)
     announce_refresh(issuer.session())
     assert console.buffer.getvalue() == b"Token refreshed\n"
