@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+import traceback
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -19,6 +20,9 @@ from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from interceptors import AuthError, LoginRequired, OidcClient, RefreshError, Session
+from interceptors.oidc import http
+from interceptors.oidc.answers import Refused
+from interceptors.oidc.device import poll
 from interceptors.testing import FakeIssuer
 
 OIDC_DOCUMENT = "/.well-known/openid-configuration"
@@ -90,6 +94,10 @@ def client(issuer):
 
 def a_session(**more):
     return Session(**{"access_token": "old", "issued_at": 1.0, "refresh_token": "s3cret-refresh", **more})
+
+
+def refuse(error):
+    raise Refused("not yet", error=error)
 
 
 def refresh(web, **options):
@@ -341,6 +349,38 @@ def test_whatever_an_issuer_answers_is_a_session_or_an_error_of_ours(web, status
     except AuthError:
         return
     assert session.access_token == content["access_token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "says"),
+    [
+        ("SSL_CERT_FILE", "/nowhere", r"SSL_CERT_FILE or SSL_CERT_DIR names cannot be read \(No such file"),
+        ("ALL_PROXY", "socks5://me:hunter2@127.0.0.1:1", r"pip install httpx\[socks\]"),
+        ("HTTPS_PROXY", "foo://me:hunter2@127.0.0.1:1", "HTTPS_PROXY or ALL_PROXY names is no http://HOST:PORT"),
+    ],
+)
+def test_an_environment_that_lets_nothing_out_is_named(monkeypatch, name, setting, says):
+    http._tls.cache_clear()
+    monkeypatch.setenv(name, setting)
+    with pytest.raises(RefreshError, match=says) as caught:
+        OidcClient("https://login.example.com", "c").refresh(a_session())
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_time_limit_may_be_longer_than_can_be_waited_for(web):
+    assert refresh(web, timeout=1e10).access_token == "at"
+
+
+def test_a_device_login_waits_no_longer_at_once_than_can_be_waited_for():
+    now, waits = [0.0], []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        now[0] += seconds
+
+    with pytest.raises(LoginRequired):
+        poll(lambda: refuse("slow_down"), interval=1e300, expires_in=1e10, clock=lambda: now[0], sleep=sleep)
+    assert max(waits) <= threading.TIMEOUT_MAX
 
 
 # Whose session it is

@@ -80,12 +80,11 @@ class OidcClient:
         if client_secret == "":
             msg = "client_secret must not be empty: leave it out if the client is a public one"
             raise ValueError(msg)
-        _check_seconds(timeout, "timeout")
+        self._timeout = _seconds(timeout, "timeout")
         self.issuer = issuer
         self.client_id = client_id
         self._client_secret = client_secret
         self._scope = scope
-        self._timeout = timeout
         self._discovered: tuple[float, Metadata, IdTokenChecker] | None = None
         self._after_fork_in_child()
         renew_after_fork(self)
@@ -144,7 +143,7 @@ class OidcClient:
         if not callable(open_browser):
             msg = f"open_browser must be a function of the address, not {type(open_browser).__name__}"
             raise TypeError(msg)
-        _check_seconds(timeout, "timeout")
+        timeout = _seconds(timeout, "timeout")
         metadata, checker = self._discover()
         return login_in_browser(
             metadata,
@@ -176,8 +175,7 @@ class OidcClient:
         if not callable(prompt):
             msg = f"prompt must be a function of what to tell the person, not {type(prompt).__name__}"
             raise TypeError(msg)
-        if timeout is not None:
-            _check_seconds(timeout, "timeout")
+        longest = math.inf if timeout is None else _seconds(timeout, "timeout")
         metadata, checker = self._discover()
         endpoint = metadata.device_authorization_endpoint
         if endpoint is None:
@@ -188,7 +186,7 @@ class OidcClient:
         issued_at, answer = poll(
             lambda: self._token_request(metadata, DEVICE_GRANT, {"device_code": begun.device_code}),
             interval=begun.interval,
-            expires_in=min(begun.login.expires_in, timeout or math.inf),
+            expires_in=min(begun.login.expires_in, longest),
         )
         return self._session(answer, issued_at, checker, scope=self._scope)
 
@@ -372,10 +370,12 @@ class OidcClient:
             return metadata, checker
 
 
-def _check_seconds(value: object, name: str) -> None:
+def _seconds(value: object, name: str) -> float:
+    """As many seconds as `value` says, or as many as can be waited for."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name} must be a number of seconds, not {type(value).__name__}"
         raise TypeError(msg)
     if not (value > 0 and math.isfinite(value)):
         msg = f"{name} must be a positive number of seconds, not {value}"
         raise ValueError(msg)
+    return min(value, threading.TIMEOUT_MAX)

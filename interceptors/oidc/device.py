@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -94,7 +95,7 @@ def poll(
     """
     deadline = clock() + expires_in
     while True:
-        sleep(max(min(interval, deadline - clock()), 0.0))
+        sleep(max(min(interval, deadline - clock(), threading.TIMEOUT_MAX), 0.0))
         if clock() >= deadline:
             msg = f"nobody has approved the login within {expires_in:g} s: {LOGIN_HINT} again"
             raise LoginRequired(msg)

@@ -102,7 +102,7 @@ def _exchange(
     trust_env = not is_loopback(url)
     try:
         with (
-            httpx.Client(verify=_tls(), timeout=timeout, follow_redirects=False, trust_env=trust_env) as client,
+            _client(timeout, trust_env=trust_env) as client,
             client.stream(method, url, content=body, headers=headers, extensions={"trace": trace}) as response,
         ):
             content = b"".join(_bounded(response, deadline))
@@ -116,6 +116,21 @@ def _exchange(
             f"{_place(url)} cannot be reached ({type(error).__name__}): check the network, or whether the issuer is up"
         )
         raise Unreachable(msg) from _said_by_the_system(error)
+
+
+def _client(timeout: float, *, trust_env: bool) -> httpx.Client:
+    import httpx
+
+    # What the environment says may hold a proxy's password: it is named, and not shown.
+    try:
+        return httpx.Client(verify=_tls(), timeout=timeout, follow_redirects=False, trust_env=trust_env)
+    except OSError as error:
+        msg = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read ({error.strerror}): mend it"
+    except ImportError:
+        msg = "the proxy that HTTPS_PROXY or ALL_PROXY names speaks SOCKS: pip install httpx[socks], or name another"
+    except (ValueError, httpx.InvalidURL):
+        msg = "the proxy that HTTPS_PROXY or ALL_PROXY names is no http://HOST:PORT: mend it, or unset it"
+    raise RefreshError(msg)
 
 
 def _said_by_the_system(error: BaseException) -> OSError | None:

@@ -45,8 +45,13 @@ class FileStore(SessionStore):
         if not isinstance(text, str):
             msg = f"path must be a str or a path, not {type(path).__name__}"
             raise TypeError(msg)
-        self._path = Path(text).expanduser().absolute()
-        if not text or self._path.is_dir():
+        try:
+            self._path = Path(text).expanduser().absolute()
+        except RuntimeError:
+            msg = f"path must not begin with the home directory of nobody: {text!r}"
+            raise ValueError(msg) from None
+        # os.path says of what cannot be looked at that it is no directory; whoever reads or writes it is told why.
+        if not text or "\0" in text or os.path.isdir(self._path):  # noqa: PTH112
             msg = f"path must name a file, not a directory: {text!r}"
             raise ValueError(msg)
 
