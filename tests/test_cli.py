@@ -230,6 +230,68 @@ def test_status_of_a_session_that_has_ended_fails():
     assert "there is no refresh token" in result.output
 
 
+@pytest.mark.parametrize(
+    ("expires_at", "says"), [(1e13, "a date that no calendar has"), (1e308, "h"), (-1e13, "expired at a date that no")]
+)
+def test_status_bears_any_expiry(expires_at, says):
+    KeyringStore().save(Session(access_token="a", issued_at=1.0, expires_at=expires_at))
+    assert says in run("status").stdout
+
+
+def test_what_an_issuer_calls_somebody_does_nothing_to_the_terminal(issuer, logged_in):
+    name = "Zoë \x1b[31m\nidentity  forged\ud800\u202e"
+    logged_in.save(dataclasses.replace(logged_in.load(), name=name, email=None))
+    assert run("status").stdout.splitlines()[0] == "user      Zoë �[31m�identity  forged��"
+    assert json.loads(run("status", "--json").stdout)["name"] == name
+
+
+def test_status_as_json_says_also_what_is_wrong_with_the_store(logged_in):
+    keyring.set_password("interceptors", "default", "rubbish")
+    result = run("status", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["valid"] is False
+    assert "interceptors logout" in report["error"]
+    assert report["error"] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection", "says"),
+    [
+        ("token", ">&-", "there is no output to print the token to"),
+        ("token", "> /dev/full", "No space left on device"),
+        ("status", "> /dev/full", "No space left on device"),
+        ("--help", "> /dev/full", "No space left on device"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(issuer, home, command, redirection, says):
+    FileStore(home / "session.json").save(issuer.session())
+    result = subprocess.run(
+        f'exec "{sys.executable}" -m interceptors {command} {redirection}',
+        shell=True,
+        env={**os.environ, "INTERCEPTORS_STORE": f"file:{home}/session.json"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_cannot_show_a_name_shows_the_rest(issuer, home):
+    FileStore(home / "session.json").save(dataclasses.replace(issuer.session(), name="Zoë 李"))
+    result = subprocess.run(
+        [sys.executable, "-m", "interceptors", "status", "--store", f"file:{home}/session.json"],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        encoding="cp1252",
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Zoë ? <" in result.stdout
+
+
 def test_token_prints_nothing_but_the_token(issuer, logged_in):
     result = run("token")
     assert result.stdout == logged_in.load().access_token + "\n"
@@ -427,11 +489,46 @@ def test_an_unknown_store_is_named_with_the_ones_there_are(store):
     assert store == "" or "keyring, file, file:PATH or a redis:// URL" in result.stderr
 
 
-def test_a_password_in_a_flag_is_refused_and_not_repeated():
-    result = run("status", "--store", "redis://:hunter2@127.0.0.1:1/0")
+@pytest.mark.parametrize(
+    "store",
+    [
+        "redis://:hunter2@127.0.0.1:1/0",
+        "Redis://me:hunter2@127.0.0.1:1",
+        "redis://:hunter2/3@127.0.0.1:1",
+        "redis://127.0.0.1:1?password=hunter2",
+        "redis://:hunter2@[",
+    ],
+)
+def test_a_password_in_a_flag_is_refused_and_not_repeated(store):
+    result = run("status", "--store", store)
     assert result.exit_code == 2
     assert "INTERCEPTORS_STORE" in result.stderr
     assert "hunter2" not in result.output
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "valkey://:hunter2@127.0.0.1:1",
+        "redis://:hunter2/3@127.0.0.1:1",
+        "redis://:hunter2#3@127.0.0.1:1",
+        "redis://:hunter2@[",
+        "redis://:hunter2@127.0.0.1:1?nonsense=1",
+        "redis://:hunter2@127.0.0.1:1?socket_timeout=soon",
+    ],
+)
+def test_a_url_that_is_no_store_is_not_repeated(home, store):
+    results = [run("status", "--verbose", INTERCEPTORS_STORE=store)]
+    configure(home, f'store = "{store}"')
+    results.append(run("status", "--verbose"))
+    for result in results:
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: store ")
+        assert "hunter2" not in result.output
+
+
+def test_a_scheme_may_be_in_capital_letters():
+    assert "cannot be read (ConnectionError)" in run("status", "--store", "Redis://127.0.0.1:1").stderr
 
 
 def test_a_redis_that_is_away_is_one_line_without_its_password():
@@ -439,6 +536,13 @@ def test_a_redis_that_is_away_is_one_line_without_its_password():
     assert result.exit_code == 1
     assert "Redis" in result.stderr
     assert "hunter2" not in result.output
+
+
+def test_a_file_that_cannot_be_is_one_line():
+    result = run("status", "--store", f"file:{'a' * 300}")
+    assert result.exit_code == 1
+    assert "cannot be read (File name too long)" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_machine_without_a_keyring_names_the_way_out(issuer):
@@ -520,6 +624,11 @@ def test_a_wrong_configuration_file_is_named_with_what_is_wrong(home, text, mess
     assert "hunter2" not in result.output
 
 
+def test_a_configuration_file_may_begin_with_a_byte_order_mark(home):
+    configure(home, "\ufeffprofile = 'work'")
+    assert json.loads(run("status", "--json").stdout)["profile"] == "work"
+
+
 def test_what_is_missing_is_asked_for_with_all_ways_to_say_it():
     result = run("login")
     assert result.exit_code == 2
@@ -561,6 +670,13 @@ def test_a_confidential_client_has_its_secret_from_the_environment_alone():
         ["login", "--issuer", "http://login.example.com", "--client-id", "x"],
         ["login", "--timeout", "0"],
         ["login", "--timeout", "soon"],
+        ["login", "--timeout", "nan"],
+        ["login", "--timeout", "inf"],
+        ["status", "--store", "redis://["],
+        ["status", "--store", "redis://127.0.0.1:port"],
+        ["status", "--store", "redis://127.0.0.1?nonsense=1"],
+        ["status", "--store", "file:~nosuchuser/x"],
+        ["status", "--store", "file:a\0b"],
         ["demo", "--flavour", "soap"],
         ["completion"],
         ["completion", "tcsh"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,11 @@ def _in_one_line() -> Iterator[None]:
         yield
     except click.UsageError as error:
         raise click.UsageError(" ".join(error.format_message().split())) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # whoever read the output has gone: click ends without a word
+        msg = f"the system says {error.strerror or type(error).__name__!r}: see whether the output can be written"
+        raise click.ClickException(msg) from error
 
 
 @click.group(
@@ -50,6 +58,8 @@ def _in_one_line() -> Iterator[None]:
 @click.version_option(package_name="interceptors")
 def main() -> None:
     """Bearer tokens that outlive the session: log in once, and every call carries a valid token."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name that this terminal cannot show is no reason to fail
 
 
 for command in (login, status, token, refresh, logout, demo, completion):

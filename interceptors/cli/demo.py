@@ -6,9 +6,11 @@ import os
 
 import click
 
+from interceptors.cli.settings import Seconds
+
 
 @click.command()
-@click.option("--seconds", type=click.FloatRange(min=5), default=20.0, show_default=True, help="How long it lasts.")
+@click.option("--seconds", type=Seconds(min=5), default=20.0, show_default=True, help="How long it lasts.")
 @click.option(
     "--flavour",
     "flavours",

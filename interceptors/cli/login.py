@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from interceptors.cli.keeping import keep, prove_writable
-from interceptors.cli.settings import LOCK_SECONDS, Settings, with_settings
+from interceptors.cli.settings import LOCK_SECONDS, Seconds, Settings, printable, with_settings
 from interceptors.errors import LOGIN_HINT, AuthError, StoreError
 from interceptors.stores.format import UnreadableSession
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--device", is_flag=True, help="Log in on another device, with a code.")
 @click.option("--scope", envvar="INTERCEPTORS_SCOPE", help="What to ask for, separated by spaces.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=300.0, show_default=True, help="Seconds to wait."
+    "--timeout", type=Seconds(min=0, min_open=True), default=300.0, show_default=True, help="Seconds to wait."
 )
 @with_settings()
 def login(settings: Settings, timeout: float, *, device: bool) -> None:
@@ -43,7 +43,7 @@ def login(settings: Settings, timeout: float, *, device: bool) -> None:
     except StoreError as error:
         msg = f"{error}; {_revoked(client, session)}"
         raise StoreError(msg) from error
-    who = session.name or session.email or session.subject
+    who = printable(session.name or session.email or session.subject or "")
     click.echo(f"Logged in{f' as {who}' if who else ''} at {session.issuer}; the session is kept in {store}.", err=True)
 
 

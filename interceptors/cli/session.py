@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from interceptors.cli.keeping import keep, refreshed
-from interceptors.cli.settings import LOCK_SECONDS, Settings, with_settings
-from interceptors.errors import LOGIN_HINT, LoginRequired
+from interceptors.cli.settings import LOCK_SECONDS, Settings, printable, with_settings
+from interceptors.errors import LOGIN_HINT, LoginRequired, StoreError
 from interceptors.freshness import freshness
 from interceptors.timelimit import in_time
 
@@ -29,7 +29,12 @@ _WINDOW_SECONDS = timedelta(minutes=15).total_seconds()
 def status(settings: Settings, *, as_json: bool) -> None:
     """Who is logged in, and for how long. The exit code is 1 if there is no valid session."""
     store = settings.open_store()
-    session = store.load()
+    try:
+        session = store.load()
+    except StoreError as error:
+        if as_json:
+            click.echo(json.dumps({**_report(None, settings, store), "error": str(error)}, indent=2))
+        raise
     report = _report(session, settings, store)
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -37,7 +42,7 @@ def status(settings: Settings, *, as_json: bool) -> None:
         click.echo(f"Nobody is logged in (profile {settings.profile}, {store}): {LOGIN_HINT}")
     else:
         for name, value in _lines(report).items():
-            click.echo(f"{name:<10}{value}")
+            click.echo(f"{name:<10}{printable(value)}")
     raise SystemExit(0 if report["valid"] else 1)
 
 
@@ -49,6 +54,9 @@ def token(settings: Settings, *, force: bool) -> None:
 
     For example: curl -H "authorization: Bearer $(interceptors token)" https://api.example.com
     """
+    if sys.stdout is None:
+        msg = "there is no output to print the token to: use it in $(interceptors token)"
+        raise click.ClickException(msg)
     if sys.stdout.isatty() and not force:
         msg = "a token does not belong on a screen: use it in $(interceptors token), or pass --force"
         raise click.ClickException(msg)
@@ -131,13 +139,20 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     }
     expires_in, refreshes_in = report["expires_in"], report["refreshes_in"]
     if expires_in is not None:
-        at = datetime.fromtimestamp(report["expires_at"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        at = _date(report["expires_at"])
         lines["token"] = f"expires in {_for(expires_in)} ({at})" if expires_in > 0 else f"expired at {at}"
         if refreshes_in is not None:
             lines["refresh"] = f"due in {_for(refreshes_in)}" if refreshes_in > 0 else "due with the next call"
         else:
             lines["refresh"] = "none: there is no refresh token"
     return {name: line for name, line in lines.items() if line}
+
+
+def _date(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return "a date that no calendar has"
 
 
 def _for(seconds: float) -> str:

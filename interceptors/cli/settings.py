@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import click
 
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from interceptors.stores.base import SessionStore
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds that can be waited for."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See `click.ParamType.convert`; also refuses what is not finite."""
+        seconds = float(super().convert(value, param, ctx))
+        return seconds if math.isfinite(seconds) else self.fail(f"{value!r} is no number of seconds.", param, ctx)
+
 
 LOCK_SECONDS: Final = 30.0
 """The longest that a command waits for another process that is refreshing the same session."""
@@ -45,16 +55,19 @@ class Settings:
         from interceptors import FileStore, KeyringStore
 
         kind, _, rest = self.store.partition(":")
+        kind = kind.lower()
         try:
             if self.store == "keyring":
                 return KeyringStore(self.profile)
             if kind == "file":
                 return FileStore(rest or _default_file(self.profile))
             if kind in {"redis", "rediss", "unix"}:
-                return _redis_store(self.store, self.profile)
+                return _redis_store(f"{kind}:{rest}", self.profile)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        msg = f"store must be keyring, file, file:PATH or a redis:// URL, not {self.store!r}"
+        # A URL may hold a password.
+        shown = f"{kind}://..." if "://" in self.store else repr(self.store)
+        msg = f"store must be keyring, file, file:PATH or a redis:// URL, not {shown}"
         raise click.UsageError(msg)
 
     def client(self) -> OidcClient:
@@ -122,6 +135,11 @@ def with_settings(*, identity: bool = True) -> Callable[[F], F]:
     return decorate
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would act upon, or that cannot be written: an issuer could say anything."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def config_file() -> Path:
     """The configuration file, which need not exist."""
     import platformdirs
@@ -136,16 +154,22 @@ def _resolved(ctx: click.Context, given: dict[str, str | None]) -> Settings:
     found = {key: given[key] or config.get(key) for key in _KEYS}
     store = found["store"] or "keyring"
     source = ctx.get_parameter_source("store")
-    if source is click.core.ParameterSource.COMMANDLINE and urlsplit(store).password is not None:
+    if source is click.core.ParameterSource.COMMANDLINE and _holds_password(store):
         msg = "everybody on this machine can see a password on the command line: put the URL into INTERCEPTORS_STORE"
         raise click.UsageError(msg)
     return Settings(found["issuer"], found["client_id"], found["scope"], profile, store)
 
 
+def _holds_password(url: str) -> bool:
+    # Not by urlsplit, which finds none behind a character that should have been quoted.
+    user, at, _ = url.partition("://")[2].rpartition("@")
+    return bool(at and ":" in user) or "password=" in url
+
+
 def _config() -> dict[str, Any]:
     file = config_file()
     try:
-        config = tomllib.loads(file.read_text(encoding="utf-8"))
+        config = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -204,7 +228,15 @@ def _redis_store(url: str, profile: str) -> SessionStore:
         raise click.ClickException(msg) from error
     from interceptors.stores.redis import RedisStore
 
-    return RedisStore(redis.Redis.from_url(url), f"interceptors:{profile}")
+    try:
+        client = redis.Redis.from_url(url)
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # connects later, but looks at its options now
+    except (ValueError, TypeError):
+        # Neither the URL nor what is said of it is shown, as it may hold a password.
+        msg = "store is no URL of a Redis: redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], each part percent-encoded"
+        raise click.UsageError(msg) from None
+    return RedisStore(client, f"interceptors:{profile}")
 
 
 def _said(error: BaseException, *, verbose: bool) -> str:
