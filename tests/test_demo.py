@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -28,6 +29,28 @@ def test_nothing_is_lost_in_any_flavour():
     assert "Nothing was lost, nothing was doubled." in done.stdout
     assert "\x1b" not in done.stdout  # no terminal, no colours
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("ending", ["ctrl-c", "nobody reads"])
+def test_a_demo_that_is_broken_off_ends(ending):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interceptors", "demo", "--seconds", "60", "--flavour", "grpc"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "tokens live" not in process.stdout.readline():
+        pass
+    if ending == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+    else:
+        process.stdout.close()
+        process.stdout = None
+    try:
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("flavour", ["grpc", "connect-aio"])

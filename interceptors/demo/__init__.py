@@ -55,16 +55,19 @@ def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
             for thread in threads:
                 thread.start()
             started = time.monotonic()
-            with Progress(console, seconds) as progress:
-                mishaps = Mishaps(issuer, server, source, seconds, progress.say)
-                while (passed := time.monotonic() - started) < seconds:
-                    mishaps.until(passed)
-                    progress.update(passed, record, refreshing, server)
-                    time.sleep(0.1)
-            mishaps.over()
-            stop.set()
-            for thread in threads:
-                thread.join(30)
+            try:
+                with Progress(console, seconds) as progress:
+                    mishaps = Mishaps(issuer, server, source, seconds, progress.say)
+                    while (passed := time.monotonic() - started) < seconds:
+                        mishaps.until(passed)
+                        progress.update(passed, record, refreshing, server)
+                        time.sleep(0.1)
+                mishaps.over()
+            finally:
+                # Also after Ctrl-C, or when nobody reads the output any more: the program waits for these threads.
+                stop.set()
+                for thread in threads:
+                    thread.join(30)
             outcome = record.outcome(server.calls)
             console.print(closing_table(outcome, record, refreshing.stats, server))
             for error, count in record.errors.most_common(_MOST_ERRORS):
