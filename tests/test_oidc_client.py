@@ -136,13 +136,26 @@ def test_a_document_that_cannot_be_believed_is_refused_and_no_token_sent(web, ch
 @pytest.mark.parametrize("content", [b"<html>", b"[]", b"", b"\xff\xfe", b"[" * 100_000], ids=lambda c: str(c[:6]))
 def test_an_unreadable_document_is_named(web, content):
     web.answers[OIDC_DOCUMENT] = (200, {}, content)
-    with pytest.raises(RefreshError, match=r"openid-configuration is not a JSON object: is .* an OpenID issuer"):
+    with pytest.raises(RefreshError, match=r"no discovery document, a JSON object, at .*openid-configuration or "):
         refresh(web)
+    web.answers[OAUTH_DOCUMENT] = web.document()
+    assert refresh(web).access_token == "at"
 
 
 def test_without_any_document_both_places_are_named(web):
     del web.answers[OIDC_DOCUMENT]
     with pytest.raises(RefreshError, match=r"openid-configuration or .*oauth-authorization-server.*check the issuer"):
+        refresh(web)
+
+
+def test_an_endpoint_that_is_empty_is_none(web):
+    web.answers[OIDC_DOCUMENT] = web.document(device_authorization_endpoint="", revocation_endpoint="")
+    client = OidcClient(web.url, "c")
+    client.revoke(client.refresh(a_session()))
+    with pytest.raises(AuthError, match="offers no login on another device"):
+        client.device_login(print)
+    web.answers[OIDC_DOCUMENT] = web.document(token_endpoint="")
+    with pytest.raises(RefreshError, match="names no token_endpoint"):
         refresh(web)
 
 
@@ -639,6 +652,29 @@ def test_a_device_login_that_ends_says_what_to_do(issuer, client, error):
         client.device_login(lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({"verification_url": "https://login.example.com/device"}, None),
+        ({"verification_uri": "https://login.example.com/device", "verification_uri_complete": "http://x/"}, None),
+        ({"verification_uri": "https://login.example.com/device", "verification_uri_complete": 5}, None),
+        (
+            {
+                "verification_uri": "https://login.example.com/device",
+                "verification_uri_complete": "https://login.example.com/device?u",
+            },
+            "https://login.example.com/device?u",
+        ),
+    ],
+)
+def test_a_device_login_shows_what_is_safe_to_open(web, changed, shown):
+    web.answers[OIDC_DOCUMENT] = web.document(device_authorization_endpoint=f"{web.url}/device")
+    web.answers["/device"] = (200, {}, {"device_code": "d", "user_code": "u", "interval": 0.01, **changed})
+    told = []
+    OidcClient(web.url, "c").device_login(told.append)
+    assert (told[0].verification_uri, told[0].verification_uri_complete) == ("https://login.example.com/device", shown)
+
+
 def test_an_issuer_without_a_grant_says_which_to_use_instead(web):
     client = OidcClient(web.url, "c")
     with pytest.raises(AuthError, match="without --device"):
@@ -674,8 +710,28 @@ def test_revoking_where_it_cannot_be_done_is_no_error_but_failing_is(web):
     assert [path for path, _, _ in web.seen] == [OIDC_DOCUMENT]
     web.answers[OIDC_DOCUMENT] = web.document(revocation_endpoint=f"{web.url}/revoke")
     web.answers["/revoke"] = (400, {}, b"")
-    with pytest.raises(RefreshError, match="did not revoke the session"):
+    with pytest.raises(RefreshError, match=r"did not revoke the session \(HTTP 400\): try again later"):
         OidcClient(web.url, "c").revoke(a_session())
+    web.answers["/revoke"] = (401, {}, {"error": "invalid_client"})
+    with pytest.raises(RefreshError, match=r"\(HTTP 401\): check the client 'c' and its secret"):
+        OidcClient(web.url, "c").revoke(a_session())
+
+
+def test_revoking_tries_both_tokens(web):
+    web.answers[OIDC_DOCUMENT] = web.document(revocation_endpoint=f"{web.url}/revoke")
+    answers = []
+    web.answers["/revoke"] = lambda _: (answers.pop(0), {}, b"")
+
+    def revoke(*statuses):
+        answers[:] = statuses
+        OidcClient(web.url, "c").revoke(a_session())
+
+    for statuses in [(200, 200), (204, 204), (200, 400)]:  # some issuers cannot revoke access tokens
+        revoke(*statuses)
+    for statuses in [(400, 200), (503, 200), (200, 503)]:
+        with pytest.raises(RefreshError):
+            revoke(*statuses)
+        assert answers == []
 
 
 # Arguments

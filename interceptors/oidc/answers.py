@@ -84,7 +84,7 @@ def session_from(
         raise unusable(issuer, str(error)) from None
     refresh_token, id_token = (printable(answer, key, issuer) for key in ("refresh_token", "id_token"))
     # Not worth a session, whose old refresh token is spent by now: what makes no sense counts as not said.
-    granted, expires_in = _if_sensible(printable, answer, "scope"), _if_sensible(seconds, answer, "expires_in")
+    granted, expires_in = if_sensible(printable, answer, "scope"), if_sensible(seconds, answer, "expires_in")
     identity = {name: getattr(before, name) if before else None for name in ("subject", "name", "email")}
     claims = claims_of(id_token)
     if claims is None:
@@ -105,7 +105,8 @@ def session_from(
     )
 
 
-def _if_sensible(read: Callable[[Mapping[str, Any], str, str], T], answer: Mapping[str, Any], key: str) -> T | None:
+def if_sensible(read: Callable[[Mapping[str, Any], str, str], T], answer: Mapping[str, Any], key: str) -> T | None:
+    """What `read` finds in `answer` for `key`; None also if it makes no sense."""
     try:
         return read(answer, key, "")
     except RefreshError:

@@ -222,13 +222,17 @@ class OidcClient:
         endpoint = metadata.revocation_endpoint
         if endpoint is None:
             return
+        failures = []
         for hint, token in (("refresh_token", session.refresh_token), ("access_token", session.access_token)):
-            if token:
-                response = self._post(metadata, endpoint, {"token": token, "token_type_hint": hint})
+            try:
+                if token:
+                    self._revoke(metadata, endpoint, token, hint)
+            except RefreshError as error:
                 # Section 2.2.1: an issuer may be unable to revoke access tokens, and says so.
-                if response.status != http.OK and hint == "refresh_token":
-                    msg = f"{self.issuer} did not revoke the session (HTTP {response.status}): try again later"
-                    raise RefreshError(msg, retry_after=response.retry_after)
+                if hint == "refresh_token" or isinstance(error, http.NotNow):
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     def __repr__(self) -> str:
         return f"OidcClient({self.issuer!r}, {self.client_id!r})"
@@ -262,6 +266,14 @@ class OidcClient:
             msg = f"{self.issuer} did not accept the login ({refused.error}): {LOGIN_HINT} again"
             raise LoginRequired(msg) from None
         return self._session(answer, issued_at, checker, scope=self._scope, nonce=redeemable.nonce)
+
+    def _revoke(self, metadata: Metadata, endpoint: str, token: str, hint: str) -> None:
+        response = self._post(metadata, endpoint, {"token": token, "token_type_hint": hint})
+        if not response.is_success:
+            refused = response.status == http.UNAUTHORIZED
+            what_to_do = f"check the client {self.client_id!r} and its secret" if refused else "try again later"
+            msg = f"{self.issuer} did not revoke the session (HTTP {response.status}): {what_to_do}"
+            raise RefreshError(msg, retry_after=response.retry_after)
 
     def _token_request(
         self, metadata: Metadata, grant_type: str, parameters: Mapping[str, str]

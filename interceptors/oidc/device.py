@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from interceptors.errors import LOGIN_HINT, LoginRequired
 from interceptors.oidc import http
-from interceptors.oidc.answers import Refused, printable, seconds, unusable
+from interceptors.oidc.answers import Refused, if_sensible, printable, seconds, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,15 +58,21 @@ def device_authorization_from(answer: Mapping[str, Any], issuer: str) -> DeviceA
     device_code, user_code = (printable(answer, key, issuer) for key in ("device_code", "user_code"))
     if device_code is None or user_code is None:
         raise unusable(issuer, "it has no device_code or no user_code")
-    verification_uri = printable(answer, "verification_uri", issuer)
-    complete = printable(answer, "verification_uri_complete", issuer)
+    # Google calls it by the name that it had in a draft.
+    verification_uri = printable(answer, "verification_uri", issuer) or printable(answer, "verification_url", issuer)
+    complete = if_sensible(printable, answer, "verification_uri_complete")
     # A person will open these: not just any scheme.
-    if not http.is_secure(verification_uri) or not (complete is None or http.is_secure(complete)):
+    if not http.is_secure(verification_uri):
         raise unusable(issuer, "its verification_uri is no https URL (http on loopback)")
     assert verification_uri is not None
     expires_in = seconds(answer, "expires_in", issuer)
     return DeviceAuthorization(
-        DeviceLogin(verification_uri, user_code, complete, _LIFETIME_SECONDS if expires_in is None else expires_in),
+        DeviceLogin(
+            verification_uri,
+            user_code,
+            complete if http.is_secure(complete) else None,
+            _LIFETIME_SECONDS if expires_in is None else expires_in,
+        ),
         device_code,
         seconds(answer, "interval", issuer) or _INTERVAL_SECONDS,
     )

@@ -42,10 +42,11 @@ def discover(issuer: str, timeout: float) -> Metadata:
     """
     for url in _locations(issuer):
         response = http.request("GET", url, timeout=timeout)
-        if response.status == http.OK:
+        # Where there is nothing, a web application may answer with its own page.
+        if response.status == http.OK and response.content is not None:
             return _checked(response.content, issuer, url)
     msg = (
-        f"{issuer} has no discovery document at {' or '.join(_locations(issuer))}: "
+        f"{issuer} has no discovery document, a JSON object, at {' or '.join(_locations(issuer))}: "
         "check the issuer's URL, it must be exactly the one that the provider names"
     )
     raise RefreshError(msg)
@@ -61,27 +62,25 @@ def _locations(issuer: str) -> tuple[str, str]:
     )
 
 
-def _checked(content: dict[str, Any] | None, issuer: str, url: str) -> Metadata:
-    if content is None:
-        msg = f"the discovery document {url} is not a JSON object: is {issuer} an OpenID issuer?"
-        raise RefreshError(msg)
+def _checked(content: dict[str, Any], issuer: str, url: str) -> Metadata:
     if content.get("issuer") != issuer:
         # RFC 8414 section 3.3: another issuer's document must not be used.
         named = reprlib.repr(content.get("issuer"))
         msg = f"the discovery document {url} names the issuer {named}, expected {issuer!r}"
         raise RefreshError(msg)
-    for name in _ENDPOINTS:
-        endpoint = content.get(name)
-        if endpoint is not None and not http.is_secure(endpoint):
+    # An empty one is none.
+    endpoints = {name: content[name] for name in _ENDPOINTS if content.get(name)}
+    for name, endpoint in endpoints.items():
+        if not http.is_secure(endpoint):
             named = reprlib.repr(endpoint)
             msg = f"the discovery document {url} names the {name} {named}, expected an https URL (http on loopback)"
             raise RefreshError(msg)
-    if content.get("token_endpoint") is None:
+    if "token_endpoint" not in endpoints:
         msg = f"the discovery document {url} names no token_endpoint"
         raise RefreshError(msg)
     return Metadata(
         issuer=issuer,
-        **{name: content[name] for name in _ENDPOINTS if content.get(name) is not None},
+        **endpoints,
         token_endpoint_auth_methods=_strings(
             content.get("token_endpoint_auth_methods_supported"), ("client_secret_basic",)
         ),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
 OK: Final = 200
+UNAUTHORIZED: Final = 401
 
 _SIZE_LIMIT: Final = 1024 * 1024
 _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "interceptors"}
@@ -44,6 +45,11 @@ class Response:
     status: int
     content: dict[str, Any] | None
     retry_after: float | None
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the status says that what was asked for is done."""
+        return self.status // 100 == OK // 100
 
 
 def request(
