@@ -131,11 +131,12 @@ def _client(timeout: float, *, trust_env: bool) -> httpx.Client:
     try:
         return httpx.Client(verify=_tls(), timeout=timeout, follow_redirects=False, trust_env=trust_env)
     except OSError as error:
-        msg = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read ({error.strerror}): mend it"
+        why = error.strerror or type(error).__name__
+        msg = f"the certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read ({why}): correct or unset it"
     except ImportError:
         msg = "the proxy that HTTPS_PROXY or ALL_PROXY names speaks SOCKS: pip install httpx[socks], or name another"
     except (ValueError, httpx.InvalidURL):
-        msg = "the proxy that HTTPS_PROXY or ALL_PROXY names is no http://HOST:PORT: mend it, or unset it"
+        msg = "the proxy that HTTPS_PROXY or ALL_PROXY names is no http://HOST:PORT: correct or unset it"
     raise RefreshError(msg)
 
 

@@ -98,7 +98,7 @@ class IdTokenChecker:
                     continue
                 if isinstance(error, InvalidKeyIdError):
                     # What has been signed with a new key may be seen before the key is.
-                    msg = f"the key of the id token is not among those that {self._metadata.issuer} publishes"
+                    msg = f"{self._metadata.issuer} does not publish the key of its id token yet: try again in a moment"
                     raise KeysUnavailable(msg) from None
                 raise self._refused("its signature is not the issuer's") from None
             except Exception as error:  # noqa: BLE001 - libraries trip over rubbish each in its own way
@@ -134,7 +134,7 @@ class IdTokenChecker:
 
     def _keys_in_haste(self) -> KeySet:
         if time.monotonic() - self._given_up_at < _GIVEN_UP_SECONDS:
-            msg = f"the keys of {self._metadata.issuer} could not be fetched a moment ago"
+            msg = f"the keys of {self._metadata.issuer} could not be fetched a moment ago: try again later"
             raise KeysUnavailable(msg)
         try:
             return self._fetched_keys(min(self._timeout, _HASTE_SECONDS))
