@@ -52,10 +52,10 @@ def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
                 threading.Thread(target=session, args=(flavour, server, source, record, stop), name=flavour)
                 for flavour in chosen
             ]
-            for thread in threads:
-                thread.start()
             started = time.monotonic()
             try:
+                for thread in threads:
+                    thread.start()
                 with Progress(console, seconds) as progress:
                     mishaps = Mishaps(issuer, server, source, seconds, progress.say)
                     while (passed := time.monotonic() - started) < seconds:
@@ -67,7 +67,8 @@ def run(seconds: float, flavours: Sequence[str] = (), *, without: bool) -> int:
                 # Also after Ctrl-C, or when nobody reads the output any more: the program waits for these threads.
                 stop.set()
                 for thread in threads:
-                    thread.join(30)
+                    if thread.is_alive():
+                        thread.join(30)
             outcome = record.outcome(server.calls)
             console.print(closing_table(outcome, record, refreshing.stats, server))
             for error, count in record.errors.most_common(_MOST_ERRORS):
