@@ -1,4 +1,4 @@
-"""ASGI adapters for the fake server: by path, to a WSGI application, and around a server that forgets ended streams."""
+"""ASGI adapters for the fake server: by path, to a WSGI application, and around what Hypercorn does to streams."""
 
 from __future__ import annotations
 
@@ -84,6 +84,32 @@ def drained(application: Application) -> Application:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     return drain
+
+
+class Running:
+    """Knows the calls that an application is serving, so that they can be cancelled.
+
+    Args:
+        application: What serves them.
+    """
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - it is ASGI's
+        task = asyncio.current_task()
+        if task is not None and scope["type"] != "lifespan":
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        await self._application(scope, receive, send)
+
+    async def cancel(self) -> None:
+        """Cancels them all, and waits until they have ended: a second at most."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
 
 
 class WsgiBridge:

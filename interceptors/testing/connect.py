@@ -18,7 +18,7 @@ from connectrpc.code import Code
 from connectrpc.errors import ConnectError
 
 from interceptors.gen.kontext.agent.v1 import event_connect, heartbeat_connect
-from interceptors.testing.asgi import WsgiBridge, drained, routed
+from interceptors.testing.asgi import Running, WsgiBridge, drained, routed
 from interceptors.testing.attempts import Attempt, Refused
 
 try:
@@ -52,7 +52,7 @@ class ConnectServer:
         # It listens from here on; who connects before the thread runs waits for a moment.
         self._socket = socket.create_server(("127.0.0.1", port), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        self._app = drained(_application(services))
+        self._calls = Running(drained(_application(services)))
         self._max_workers = max_workers
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
@@ -61,8 +61,13 @@ class ConnectServer:
 
     def stop(self) -> None:
         """Stops to serve; calls that are still running are ended."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
         self._thread.join()
+
+    async def _stop(self) -> None:
+        # Hypercorn would end them with the group of their connection, in which their own end begins another task.
+        await self._calls.cancel()
+        self._stopping.set()
 
     def _serve(self) -> None:
         config = Config()
@@ -77,7 +82,7 @@ class ConnectServer:
         pool = ThreadPoolExecutor(self._max_workers, thread_name_prefix="fake-server-connect")
         self._loop.set_default_executor(pool)
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(serve(self._app, config, shutdown_trigger=self._stopping.wait))  # type: ignore[arg-type]
+            runner.run(serve(self._calls, config, shutdown_trigger=self._stopping.wait))  # type: ignore[arg-type]
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
