@@ -6,7 +6,7 @@ import asyncio
 import queue
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 _GRPC: Final = re.compile(r"application/grpc($|[+;])")
 
@@ -47,16 +47,17 @@ def drained(application: Application) -> Application:
     """Takes in what a client still sends when it has been answered already, as a refused client stream does.
 
     Hypercorn forgets a stream when its response ends, and breaks the whole connection when more of the request comes.
-    So the end is withheld until the request's: of trailers more are announced, and of a body a last, empty part. The
-    client knows by the message that ends a stream in each protocol.
+    So it is never told: the client gets the end beneath ASGI, and Hypercorn hears of it when the request has ended too.
     """
+    from hypercorn.protocol.events import EndBody
 
     async def drain(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await application(scope, receive, send)
             return
-        received = ended = False
-        has_trailers = False
+        # ASGI has no way to end a response and still listen: `send` is a method of Hypercorn's stream.
+        stream: Any = cast("Any", send).__self__
+        received = has_trailers = False
 
         async def receiving() -> Message:
             nonlocal received
@@ -65,14 +66,15 @@ def drained(application: Application) -> Application:
             return message
 
         async def sending(message: Message) -> None:
-            nonlocal ended, has_trailers
+            nonlocal has_trailers
             if message["type"] == "http.response.start":
                 has_trailers = message.get("trailers", False)
             elif message["type"] == "http.response.trailers":
                 message = {**message, "more_trailers": True}
             elif not has_trailers and not message.get("more_body", False):
-                ended = True
-                message = {**message, "more_body": True}
+                await send({**message, "more_body": True})
+                await stream.send(EndBody(stream.stream_id))
+                return
             await send(message)
 
         # Without it Hypercorn would send no trailers; over HTTP/1.1 there are none.
@@ -80,8 +82,9 @@ def drained(application: Application) -> Application:
         await application(scope, receiving, sending)
         while not received:
             await receiving()
-        if ended:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if has_trailers and not stream.closed:
+            # Trailers are an end by themselves, but leave a buffer behind, of which a connection may have 1,000.
+            await stream.send(EndBody(stream.stream_id))
 
     return drain
 
