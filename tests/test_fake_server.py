@@ -96,3 +96,45 @@ def test_a_connection_is_good_for_more_than_a_thousand_calls_of_grpcs(issuer, se
         for _ in range(1_010):
             heartbeats.heartbeat(HEARTBEAT, headers=headers)
     assert len(server.calls) == 1_010
+
+
+# Clients that hang up
+
+
+@pytest.mark.parametrize("side", ["url", "wsgi_url"])
+@pytest.mark.parametrize("way", ["connect", "connect-h1", "grpc"])
+def test_abandoned_watches_do_not_use_the_workers_up(issuer, side, way):
+    with (
+        FakeServer(issuer, max_workers=2) as server,
+        clients(getattr(server, side), way) as (heartbeats, _),
+    ):
+        # Given more watches than there are workers, each left after a message
+        for _ in range(5):
+            watch = heartbeats.watch_session(
+                heartbeat_pb2.WatchSessionRequest(session_id="s"), headers=authorization(issuer), timeout_ms=5_000
+            )
+            next(watch)
+            watch.close()
+        # When a call comes
+        answer = heartbeats.heartbeat(HEARTBEAT, headers=authorization(issuer), timeout_ms=5_000)
+        # Then it is answered
+        assert answer.sequence == 1
+
+
+@pytest.mark.parametrize("way", ["connect", "connect-h1", "grpc", "grpc_web"])
+def test_a_stream_that_is_cut_short_is_not_executed(issuer, way):
+    with FakeServer(issuer, max_workers=1) as server, clients(server.wsgi_url, way) as (heartbeats, events):
+
+        def requests():
+            yield event_pb2.IngestEventsRequest(event=event(1))
+            server.wait_for(lambda: server.attempts == 1)
+            msg = "there are no more"
+            raise ValueError(msg)
+
+        # Given a client that gives up within its stream
+        with pytest.raises((ConnectError, ValueError)):
+            events.ingest_events(requests(), headers=authorization(issuer))
+        # When the server's only worker is free again
+        heartbeats.heartbeat(HEARTBEAT, headers=authorization(issuer))
+        # Then what was sent of the stream has not been executed
+        assert [call.method for call in server.calls] == ["Heartbeat"]

@@ -6,6 +6,8 @@ import asyncio
 import queue
 import re
 import sys
+from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, cast
 
 _GRPC: Final = re.compile(r"application/grpc($|[+;])")
@@ -115,6 +117,10 @@ class Running:
             await asyncio.wait(self._tasks, timeout=1.0)
 
 
+client_gone: Final[ContextVar[Future[None]]] = ContextVar("client_gone")
+"""Within a call to a WSGI application, which cannot ask: done once the client has hung up."""
+
+
 class WsgiBridge:
     """A WSGI application as an ASGI one, each call on a thread, with request and response streamed.
 
@@ -129,11 +135,19 @@ class WsgiBridge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - it is ASGI's
         loop = asyncio.get_running_loop()
-        body = _Body()
-        response = _Response(lambda message: asyncio.run_coroutine_threadsafe(_sent(send, message), loop).result())
+        gone: Future[None] = Future()
+        client_gone.set(gone)
+        body = _Body(gone)
+
+        async def sending(message: Message) -> None:
+            # Hypercorn would wait for ever for a client that is gone, and the thread with it.
+            if not gone.done():
+                await send(message)
+
+        response = _Response(lambda message: asyncio.run_coroutine_threadsafe(sending(message), loop).result())
         feeding = asyncio.create_task(body.feed(receive))
         try:
-            await loop.run_in_executor(None, self._run, self._environ(scope, body, response), response)
+            await asyncio.to_thread(self._run, self._environ(scope, body, response), response)
         finally:
             feeding.cancel()
 
@@ -174,27 +188,29 @@ class WsgiBridge:
         return environ
 
 
-async def _sent(send: Send, message: Message) -> None:
-    await send(message)
-
-
 class _Body:
-    """The request's body, for a thread: each read returns what there is, as streams of messages need it."""
+    """The request's body, for a thread: each read returns what there is, as streams of messages need it.
 
-    def __init__(self) -> None:
+    Args:
+        gone: What is done when the client hangs up.
+    """
+
+    def __init__(self, gone: Future[None]) -> None:
+        self._gone = gone
         self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._rest = b""
         self._ended = False
 
     async def feed(self, receive: Receive) -> None:
         try:
-            more = True
-            while more:
-                message = await receive()
-                more = message["type"] == "http.request" and message.get("more_body", False)
+            while (message := await receive())["type"] == "http.request":
                 if chunk := message.get("body", b""):
                     self._chunks.put(chunk)
+                if not message.get("more_body", False):
+                    self._chunks.put(b"")
         finally:
+            # Now or never: who is told that the body ends looks whether it was cut short.
+            self._gone.set_result(None)
             self._chunks.put(b"")
 
     def read(self, size: int = -1) -> bytes:

@@ -97,15 +97,14 @@ class Attempt:
     def ingest(self, requests: Iterable[Any]) -> Any:
         """Takes in a stream of events."""
         self._begin()
-        for request in requests:
-            self._received(request)
+        for _ in self._all_received(requests):
+            pass
         return self._ingested()
 
     def converse(self, requests: Iterable[Any]) -> Iterator[Any]:
         """Decides on each event of a stream."""
         self._begin()
-        for request in requests:
-            self._received(request)
+        for request in self._all_received(requests):
             yield self._services.streamed_decision(request)
         self._executed()
 
@@ -179,6 +178,15 @@ class Attempt:
     def _received(self, message: Any) -> None:
         self._messages.append(message)
         self._check(len(self._messages))
+
+    def _all_received(self, requests: Iterable[Any]) -> Iterator[Any]:
+        for request in requests:
+            self._received(request)
+            yield request
+        # To a WSGI application, a body that is cut short looks like one that has ended.
+        if self._gone.is_set():
+            msg = "the client has hung up"
+            raise Refused(msg, "CANCELLED")
 
     def _ingested(self) -> Any:
         self._executed()

@@ -18,7 +18,7 @@ from connectrpc.code import Code
 from connectrpc.errors import ConnectError
 
 from interceptors.gen.kontext.agent.v1 import event_connect, heartbeat_connect
-from interceptors.testing.asgi import Running, WsgiBridge, drained, routed
+from interceptors.testing.asgi import Running, WsgiBridge, client_gone, drained, routed
 from interceptors.testing.attempts import Attempt, Refused
 
 try:
@@ -111,7 +111,10 @@ def _application(services: Services) -> Any:
 def _attempt(services: Services, method: str, ctx: RequestContext[Any, Any]) -> Attempt:
     remaining = ctx.timeout_ms
     metadata = [(key.lower(), value) for key, value in ctx.request_headers.allitems()]
-    return Attempt(services, method, metadata, None if remaining is None else remaining / 1000)
+    attempt = Attempt(services, method, metadata, None if remaining is None else remaining / 1000)
+    if (gone := client_gone.get(None)) is not None:
+        gone.add_done_callback(lambda _: attempt.hang_up())
+    return attempt
 
 
 def _refusal(refused: Refused) -> ConnectError:
