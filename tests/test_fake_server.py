@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import contextmanager
 
+import httpx
 import pytest
 from connect_drivers import CONNECT_WAYS, event
 from connectrpc.code import Code
@@ -138,3 +140,13 @@ def test_a_stream_that_is_cut_short_is_not_executed(issuer, way):
         heartbeats.heartbeat(HEARTBEAT, headers=authorization(issuer))
         # Then what was sent of the stream has not been executed
         assert [call.method for call in server.calls] == ["Heartbeat"]
+
+
+# What is not served
+
+
+def test_a_websocket_is_refused_without_alarm(server, caplog):
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x"}
+    answer = httpx.get(server.url, headers=upgrade)
+    assert answer.status_code == 403
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

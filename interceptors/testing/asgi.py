@@ -33,8 +33,9 @@ def routed(applications: Mapping[str, Application]) -> Application:
             await send({"type": "lifespan.shutdown.complete"})
             return
         if scope["type"] != "http":
-            msg = f"only HTTP is served, not {scope['type']}"
-            raise RuntimeError(msg)
+            # A handshake that is not accepted is answered with 403.
+            await send({"type": "websocket.close"})
+            return
         for path, application in applications.items():
             if scope["path"].startswith(f"{path}/"):
                 await application(scope, receive, send)
