@@ -252,6 +252,30 @@ def test_a_code_is_good_once_and_only_with_its_verifier(issuer):
     assert token_request(issuer, **form, code=good).status_code == 400
 
 
+@pytest.mark.parametrize("login", ["browser", "device"])
+def test_a_login_that_is_not_to_last_is_a_persons_all_the_same(issuer, login):
+    # Given a client that does not ask for offline access
+    client = OidcClient(issuer.url, issuer.client_id, scope="openid email")
+    # When somebody logs in
+    if login == "browser":
+        session = client.login(open_browser=lambda url: httpx.get(url, follow_redirects=True), timeout=10)
+    else:
+        issuer.device_interval = 0.01
+        session = client.device_login(lambda _: None)
+    # Then the session is theirs, though it cannot be refreshed
+    assert (session.subject, session.refresh_token) == ("alice", None)
+    assert issuer.verify(session.access_token)["sub"] == "alice"
+    assert session.id_token is not None
+
+
+def test_a_client_on_its_own_behalf_is_nobody(issuer):
+    issuer.client_secret = "secret"
+    client = OidcClient(issuer.url, issuer.client_id, client_secret="secret", scope="openid")
+    session = client.client_credentials()
+    assert issuer.verify(session.access_token)["sub"] == issuer.client_id
+    assert session.id_token is None
+
+
 def test_many_requests_at_once_are_all_counted(issuer, client):
     sessions = [issuer.session() for _ in range(32)]
     with ThreadPoolExecutor(16) as threads:

@@ -58,6 +58,7 @@ class _Family:
     client_id: str
     scope: str
     nonce: str | None = None
+    has_person: bool = True
     refresh_token: str = ""
     revoked: bool = False
 
@@ -404,7 +405,8 @@ class FakeIssuer:
         if grant_type == DEVICE_GRANT:
             return self._redeem_device_code(form)
         if grant_type == "client_credentials" and self.client_secret is not None:
-            return _json(200, self._tokens(_Family(self.client_id, form.get("scope", "")), refreshable=False))
+            family = _Family(self.client_id, form.get("scope", ""), has_person=False)
+            return _json(200, self._tokens(family, refreshable=False))
         return _error(400, "unsupported_grant_type")
 
     def _client_is_known(self, form: Mapping[str, str], authorization: str | None) -> bool:
@@ -435,7 +437,7 @@ class FakeIssuer:
         header = {"alg": "RS256", "kid": key.kid, "typ": "at+jwt"}
         claims = {
             "iss": self.issuer,
-            "sub": self.subject if refreshable else family.client_id,
+            "sub": self.subject if family.has_person else family.client_id,
             "aud": self.audience,
             "client_id": family.client_id,
             "iat": now,
@@ -455,8 +457,8 @@ class FakeIssuer:
                 family.refresh_token = secrets.token_urlsafe(24)
                 self._refresh_tokens[family.refresh_token] = family
             answer["refresh_token"] = family.refresh_token
-            if "openid" in family.scope.split():
-                answer["id_token"] = self._id_token(family, now)
+        if family.has_person and "openid" in family.scope.split():
+            answer["id_token"] = self._id_token(family, now)
         return answer
 
     def _id_token(self, family: _Family, now: float) -> str:
