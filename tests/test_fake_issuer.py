@@ -13,7 +13,7 @@ from joserfc.jwk import KeySet
 
 from interceptors import LoginRequired, OidcClient, RefreshError
 from interceptors.testing import FakeIssuer
-from interceptors.testing.issuer import TokenRefused
+from interceptors.testing.issuer import DEVICE_GRANT, TokenRefused
 
 
 @pytest.fixture
@@ -250,6 +250,33 @@ def test_a_code_is_good_once_and_only_with_its_verifier(issuer):
     good = code()
     assert token_request(issuer, **form, code=good).status_code == 200
     assert token_request(issuer, **form, code=good).status_code == 400
+
+
+def a_device_login(issuer):
+    return httpx.post(f"{issuer.url}/device_authorization", data={"client_id": issuer.client_id}).json()
+
+
+def polled(issuer, begun):
+    answer = token_request(issuer, grant_type=DEVICE_GRANT, device_code=begun["device_code"]).json()
+    return answer.get("error", "approved")
+
+
+def test_who_polls_too_often_is_told_to_slow_down_until_somebody_has_approved(issuer):
+    issuer.auto_approve = False
+    begun = a_device_login(issuer)
+    assert [polled(issuer, begun) for _ in range(3)] == ["authorization_pending", "slow_down", "slow_down"]
+    issuer.approve(begun["user_code"])
+    assert polled(issuer, begun) == "approved"
+
+
+def test_who_polls_as_often_as_the_issuer_says_is_not_slowed_down(issuer):
+    issuer.auto_approve, issuer.device_interval = False, 0.02
+    begun = a_device_login(issuer)
+    answers = []
+    for _ in range(5):
+        answers.append(polled(issuer, begun))
+        time.sleep(begun["interval"])
+    assert answers == ["authorization_pending"] * 5
 
 
 @pytest.mark.parametrize("login", ["browser", "device"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import secrets
 import socket
 import threading
@@ -75,7 +76,8 @@ class _Grant:
     nonce: str | None = None
     user_code: str = ""
     state: str = "pending"
-    polled_at: float = 0.0
+    interval: float = 0.0
+    polled_at: float = -math.inf
 
 
 class FakeIssuer:
@@ -112,7 +114,9 @@ class FakeIssuer:
         self.auto_approve = auto_approve
         self.subject = "alice"
         self.device_interval: float | None = None
-        """Seconds between two polls of the device flow, as the issuer names it; None: it names none, which means 5."""
+        """Seconds between two polls of the device flow, as the issuer names it; None: it names none, which means 5.
+
+        Who polls more often while nobody has approved is told to slow down."""
         self.requests: list[IssuerRequest] = []
         """Every request that was answered, oldest first."""
         self.delay = 0.0
@@ -526,6 +530,7 @@ class FakeIssuer:
                 expires_at=self._clock() + 300,
                 user_code=user_code,
                 state="approved" if self.auto_approve else "pending",
+                interval=_INTERVAL_SECONDS if self.device_interval is None else self.device_interval,
             )
         answer = {
             "device_code": device_code,
@@ -543,7 +548,12 @@ class FakeIssuer:
         if grant.expires_at < self._clock():
             return _error(400, "expired_token")
         if grant.state == "pending":
-            return _error(400, "authorization_pending")
+            # Not the issuer's clock: a client waits in real time, whatever a test makes of expiries.
+            now = time.monotonic()
+            too_early, grant.polled_at = now < grant.polled_at + grant.interval, now
+            if too_early:
+                grant.interval += _SLOW_DOWN_SECONDS
+            return _error(400, "slow_down" if too_early else "authorization_pending")
         del self._grants[form["device_code"]]
         return self._begin_session(grant) if grant.state == "approved" else _error(400, "access_denied")
 
@@ -557,6 +567,8 @@ class FakeIssuer:
         return _Answer(200, b"")
 
 
+_INTERVAL_SECONDS: Final = 5.0  # RFC 8628 section 3.2
+_SLOW_DOWN_SECONDS: Final = 5.0  # section 3.5
 _DISCOVERY: Final = {"/.well-known/openid-configuration", "/.well-known/oauth-authorization-server"}
 
 
