@@ -229,17 +229,28 @@ def test_a_wrong_client_authentication_is_refused(header):
         assert (answer.status_code, answer.json()) == (401, {"error": "invalid_client"})
 
 
+def authorize(issuer, **changed):
+    query = {
+        "response_type": "code",
+        "client_id": issuer.client_id,
+        "redirect_uri": "http://127.0.0.1:1/callback",
+        "scope": "openid",
+        "code_challenge": "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM",  # RFC 7636 appendix B
+        "code_challenge_method": "S256",
+    }
+    answer = httpx.get(f"{issuer.url}/authorize", params={**query, **changed})
+    return httpx.URL(answer.headers["Location"]).params
+
+
+def test_only_the_code_flow_is_supported(issuer):
+    reply = authorize(issuer, response_type="token", state="x")
+    assert (reply["error"], reply["state"]) == ("unsupported_response_type", "x")
+    assert "code" not in reply
+
+
 def test_a_code_is_good_once_and_only_with_its_verifier(issuer):
     def code():
-        query = {
-            "client_id": issuer.client_id,
-            "redirect_uri": "http://127.0.0.1:1/callback",
-            "scope": "openid",
-            "code_challenge": "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM",  # RFC 7636 appendix B
-            "code_challenge_method": "S256",
-        }
-        location = httpx.get(f"{issuer.url}/authorize", params=query).headers["Location"]
-        return httpx.URL(location).params["code"]
+        return authorize(issuer)["code"]
 
     form = {
         "grant_type": "authorization_code",
@@ -277,6 +288,21 @@ def test_who_polls_as_often_as_the_issuer_says_is_not_slowed_down(issuer):
         answers.append(polled(issuer, begun))
         time.sleep(begun["interval"])
     assert answers == ["authorization_pending"] * 5
+
+
+def test_a_device_code_is_no_authorization_code_and_stays_good(issuer):
+    begun = a_device_login(issuer)
+    answer = token_request(issuer, grant_type="authorization_code", code=begun["device_code"])
+    assert answer.json() == {"error": "invalid_grant"}
+    assert polled(issuer, begun) == "approved"
+
+
+@pytest.mark.parametrize("token", ["rubbish", "a.b.c", "é.é.é", "e30.e30.e30", "an id token"])
+def test_revoking_what_is_no_token_of_its_is_no_error(issuer, token):
+    session = issuer.session()
+    answer = httpx.post(f"{issuer.url}/revoke", data={"token": session.id_token if token == "an id token" else token})
+    assert answer.status_code == 200
+    assert issuer.verify(session.access_token)
 
 
 @pytest.mark.parametrize("login", ["browser", "device"])

@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler
@@ -204,13 +204,7 @@ class FakeIssuer:
         Raises:
             TokenRefused: Signature, issuer, audience or expiry are wrong, or it was revoked.
         """
-        try:
-            with self._lock:
-                keys = KeySet(list(self._keys))
-            claims = jwt.decode(access_token, keys, algorithms=["RS256"]).claims
-        except (JoseError, ValueError) as error:
-            msg = f"bad signature ({type(error).__name__})"
-            raise TokenRefused(msg) from None
+        claims = self._claims(access_token)
         if claims.get("iss") != self.issuer or claims.get("aud") != self.audience:
             msg = "wrong issuer or audience"
             raise TokenRefused(msg)
@@ -222,6 +216,15 @@ class FakeIssuer:
                 msg = "revoked"
                 raise TokenRefused(msg)
         return claims
+
+    def _claims(self, token: str) -> dict[str, Any]:
+        try:
+            with self._lock:
+                keys = KeySet(list(self._keys))
+            return jwt.decode(token, keys, algorithms=["RS256"]).claims
+        except (JoseError, ValueError) as error:
+            msg = f"bad signature ({type(error).__name__})"
+            raise TokenRefused(msg) from None
 
     def revoke(self, access_token: str) -> None:
         """Has `verify` refuse this access token from now on; its session can still be refreshed."""
@@ -486,7 +489,9 @@ class FakeIssuer:
         if not known or query.get("code_challenge_method") != "S256":
             return _error(400, "invalid_request")
         reply = {"state": query.get("state", ""), "iss": self.issuer}
-        if self.auto_approve:
+        if query.get("response_type") != "code":
+            reply["error"] = "unsupported_response_type"
+        elif self.auto_approve:
             reply["code"] = secrets.token_urlsafe(16)
             with self._lock:
                 self._grants[reply["code"]] = _Grant(
@@ -502,15 +507,14 @@ class FakeIssuer:
         return _Answer(302, b"", {"Location": f"{redirect_uri}?{urlencode(reply)}"})
 
     def _redeem_code(self, form: Mapping[str, str]) -> _Answer:
-        grant = self._grants.pop(form.get("code", ""), None)
+        grant = self._grants.get(form.get("code", ""))
+        if grant is None or grant.user_code:
+            return _error(400, "invalid_grant")
+        del self._grants[form["code"]]
         verifier = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
         challenge = base64.urlsafe_b64encode(verifier).rstrip(b"=").decode()
-        if (
-            grant is None
-            or grant.user_code
-            or grant.expires_at < self._clock()
-            or (grant.challenge, grant.redirect_uri) != (challenge, form.get("redirect_uri"))
-        ):
+        right = (grant.challenge, grant.redirect_uri) == (challenge, form.get("redirect_uri"))
+        if not right or grant.expires_at < self._clock():
             return _error(400, "invalid_grant")
         return self._begin_session(grant)
 
@@ -562,8 +566,10 @@ class FakeIssuer:
             family = self._refresh_tokens.get(token)
             if family is not None:
                 family.revoked = True
-            elif token.count(".") == 2:  # noqa: PLR2004 - a JWT
-                self._revoked.add(_unverified(token)["jti"])
+            else:
+                # RFC 7009 section 2.2: revoking what is no token, or no access token, is no error.
+                with suppress(TokenRefused, KeyError):
+                    self._revoked.add(self._claims(token)["jti"])
         return _Answer(200, b"")
 
 
