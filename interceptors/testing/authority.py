@@ -93,7 +93,6 @@ class Authority:
         Who polls more often while nobody has approved is told to slow down."""
         self._clock = clock
         self._lock = threading.RLock()
-        self._families: list[_Family] = []
         self._refresh_tokens: dict[str, _Family] = {}
         self._grants: dict[str, _Grant] = {}
         self._revoked: set[str] = set()
@@ -115,7 +114,6 @@ class Authority:
         issued_at = self._clock()
         with self._lock:
             family = _Family(self.client_id, scope, nonce)
-            self._families.append(family)
             answer = self._tokens(family)
         return Session(
             access_token=answer["access_token"],
@@ -344,7 +342,6 @@ class Authority:
 
     def _begin_session(self, grant: _Grant) -> Answer:
         family = _Family(grant.client_id, grant.scope, grant.nonce)
-        self._families.append(family)
         return json_answer(200, self._tokens(family, refreshable="offline_access" in grant.scope.split()))
 
     def device_authorization(self, form: Mapping[str, str], authorization: str | None) -> Answer:
