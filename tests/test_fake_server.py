@@ -66,6 +66,15 @@ def test_it_stops_without_a_word_while_a_call_is_open(issuer, side, way, caplog)
     assert [record.getMessage() for record in caplog.records] == []
 
 
+def test_starting_it_twice_is_starting_it_once(issuer):
+    with FakeServer(issuer) as server:
+        target = server.target
+        assert server.start().target == target
+    # It is the one server that has stopped: its port is free again
+    with FakeServer(issuer) as another, server:
+        assert server.target == target != another.target
+
+
 # Answering early
 
 
@@ -142,7 +151,13 @@ def test_a_stream_that_is_cut_short_is_not_executed(issuer, way):
         assert [call.method for call in server.calls] == ["Heartbeat"]
 
 
-# What is not served
+# What cannot be
+
+
+@pytest.mark.parametrize("code", ["NO_SUCH", "OK", "unavailable"])
+def test_refusing_with_what_is_no_error_status_is_itself_refused_at_once(server, code):
+    with pytest.raises(ValueError, match="UNAVAILABLE"):
+        server.refuse_next(code=code)
 
 
 def test_a_websocket_is_refused_without_alarm(server, caplog):

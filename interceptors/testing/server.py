@@ -53,16 +53,19 @@ class FakeServer(Services):
         self._starting = threading.Lock()
 
     def start(self) -> Self:
-        """Starts to serve on a free port, which stays the same over a `stop`."""
+        """Starts to serve on a free port, which stays the same over a `stop`; a server that runs is left alone."""
+        if self._server is not None:
+            return self
         self.open_up()
         # Several servers must not share a port, which gRPC would allow.
-        self._server = grpc.server(
+        server = grpc.server(
             ThreadPoolExecutor(self._max_workers, thread_name_prefix="fake-server"), options=[("grpc.so_reuseport", 0)]
         )
-        heartbeat_pb2_grpc.add_HeartbeatServiceServicer_to_server(_Heartbeats(self), self._server)
-        event_pb2_grpc.add_EventServiceServicer_to_server(_Events(self), self._server)
-        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
-        self._server.start()
+        heartbeat_pb2_grpc.add_HeartbeatServiceServicer_to_server(_Heartbeats(self), server)
+        event_pb2_grpc.add_EventServiceServicer_to_server(_Events(self), server)
+        self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
+        server.start()
+        self._server = server
         if self._connect_port:
             self._serve_connect()
         return self

@@ -6,6 +6,8 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+import grpc
+
 from interceptors.gen.kontext.agent.v1 import event_pb2, heartbeat_pb2
 from interceptors.testing.attempts import Plan, Refused, ServedCall
 from interceptors.testing.issuer import TokenRefused
@@ -57,7 +59,13 @@ class Services:
             method: Only calls of this method, such as "Heartbeat".
             code: The status, a name of gRPC's.
             details: The status' message.
+
+        Raises:
+            ValueError: There is no such status, or it is no refusal.
         """
+        if code not in grpc.StatusCode.__members__ or code == "OK":
+            msg = f"code must be the name of one of gRPC's statuses but OK, such as UNAVAILABLE, not {code!r}"
+            raise ValueError(msg)
         with self._changed:
             self._plans += [Plan(after_messages, code, details, method) for _ in range(count)]
 
