@@ -132,6 +132,19 @@ def test_abandoned_watches_do_not_use_the_workers_up(issuer, side, way):
         assert answer.sequence == 1
 
 
+@pytest.mark.parametrize("way", ["connect", "connect-h1", "grpc"])
+def test_a_watch_for_many_messages_ends_with_its_client(issuer, way):
+    with FakeServer(issuer, max_workers=1) as server, clients(server.wsgi_url, way) as (heartbeats, _):
+        # Given somebody who wants messages without end, and leaves after one
+        request = heartbeat_pb2.WatchSessionRequest(session_id="s", max_messages=2**31 - 1)
+        watch = heartbeats.watch_session(request, headers=authorization(issuer))
+        next(watch)
+        watch.close()
+        # Then the only worker is free for a call
+        assert heartbeats.heartbeat(HEARTBEAT, headers=authorization(issuer), timeout_ms=10_000).sequence == 1
+        assert [call.method for call in server.calls] == ["Heartbeat"]
+
+
 @pytest.mark.parametrize("way", ["connect", "connect-h1", "grpc", "grpc_web"])
 def test_a_stream_that_is_cut_short_is_not_executed(issuer, way):
     with FakeServer(issuer, max_workers=1) as server, clients(server.wsgi_url, way) as (heartbeats, events):

@@ -86,8 +86,8 @@ class Attempt:
         self._messages.append(request)
         while not request.max_messages or self._sent < request.max_messages:
             # Who wants so many messages gets them at once.
-            if not request.max_messages and not self._services.wait_for_change(
-                request.session_id, self._sent, self._gone
+            if self._gone.is_set() or not (
+                request.max_messages or self._services.wait_for_change(request.session_id, self._sent, self._gone)
             ):
                 return
             yield self._services.session_change(request, self._sent + 1)
