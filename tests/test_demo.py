@@ -60,3 +60,34 @@ def test_the_old_way_loses_calls(flavour):
     assert " lost, " in done.stdout
     assert f"{flavour}: heartbeat" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_flavour_that_cannot_be_shown_is_refused():
+    program = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "hypercorn" else find_spec(name, *rest)
+from interceptors.cli import main
+main(["demo", "--seconds", "5", "--flavour", "connect"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr == "Error: Connect needs a server that speaks it: pip install 'interceptors[testing]'\n"
+
+
+def test_a_session_that_breaks_is_no_success():
+    program = """
+import interceptors.demo.calls as calls
+from interceptors.demo import run
+
+def broken(self):
+    raise RuntimeError("as it happens")
+
+calls.GrpcCalls.__enter__ = broken
+raise SystemExit(run(5, ["grpc"], without=False))
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "grpc made no call" in done.stdout
+    assert "grpc broke: RuntimeError: as it happens" in done.stdout
+    assert "Nothing was lost" not in done.stdout

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _OUTAGE_SECONDS: Final = 0.5
 _SOON_SECONDS: Final = 1.1
+_QUIET_SECONDS: Final = 0.4
 _CALLS_TO_LOOK_AT: Final = 40
 
 
@@ -36,6 +37,7 @@ class Mishaps:
         self._source = source
         self._say = say
         self._outage_ends: float | None = None
+        self._quiet_until = 0.0
         self._due: list[tuple[float, Callable[[], None]]] = [
             (seconds * 0.2, self._revoke),
             (seconds * 0.5, self._refuse_an_upload),
@@ -46,17 +48,22 @@ class Mishaps:
 
     def until(self, passed: float) -> None:
         """Lets happen what is due after `passed` seconds."""
-        if self._due and self._due[0][0] <= passed and self._is_token_in_use():
-            self._due.pop(0)[1]()
+        # One after the other: a refusal while no other token can be had is one that its caller gets.
         if self._outage_ends is not None:
             if passed >= self._outage_ends:
                 self._outage_ends, self._outage_from = None, float("inf")
                 self._issuer.start()
+                self._quiet_until = passed + _QUIET_SECONDS
                 self._say("the issuer is up again")
+        elif passed < self._quiet_until:
+            return
         elif passed >= self._outage_from and self._is_refreshed_soon():
             self._outage_ends = passed + _OUTAGE_SECONDS
             self._issuer.stop()
             self._say("the issuer is down, just when the token should be refreshed")
+        elif self._due and self._due[0][0] <= passed and self._is_token_in_use():
+            self._due.pop(0)[1]()
+            self._quiet_until = passed + _QUIET_SECONDS
 
     def over(self) -> None:
         """Puts everything right."""

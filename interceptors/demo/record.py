@@ -39,6 +39,7 @@ class Record:
         self._refreshes: list[tuple[float, float]] = []
         self._calls: list[tuple[float, float]] = []
         self.failed = 0
+        self.broken = 0
         self.errors: Counter[str] = Counter()
         """How often a call has failed with which error."""
 
@@ -68,6 +69,16 @@ class Record:
         finally:
             with self._lock:
                 self._calls.append((started, time.monotonic()))
+
+    @contextmanager
+    def noting_what_breaks(self, flavour: str) -> Iterator[None]:
+        """Notes that a whole session has broken, which is a mistake of the demo's own."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - it is shown in the end
+            with self._lock:
+                self.broken += 1
+                self.errors[f"{flavour} broke: {type(error).__name__}: {error}"] += 1
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:

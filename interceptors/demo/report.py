@@ -70,8 +70,9 @@ def closing_table(outcome: Sequence[Outcome], record: Record, stats: SourceStats
     for row in outcome:
         bad = "bold red" if row.lost or row.doubled else None
         table.add_row(row.kind, str(row.sent), str(row.once), str(row.lost), str(row.doubled), style=bad)
+    retried = max(server.attempts - record.calls, 0)
     table.caption = (
-        f"{record.calls} calls, {record.failed} failed; {server.refusals} attempts refused; "
+        f"{record.calls} calls, {record.failed} failed; attempts: {server.refusals} refused, {retried} retried; "
         f"refreshes: {stats.proactive} proactive, {stats.mandatory} mandatory, {stats.reactive} reactive, "
         f"{stats.failures} failed; slowest call during a refresh: {record.slowest_during_a_refresh() * 1000:.0f} ms"
     )

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 _PAUSE_SECONDS: Final = 0.1
 _BATCH: Final = 20
 
-_GRPC: Final = ("grpc", "aio")
+GRPC: Final = ("grpc", "aio")
 _CONNECT: Final = ("connect", "connect-aio")
+CONNECT_EXTRA: Final = "testing"
 
 
 def flavours() -> tuple[str, ...]:
     """Those that can be shown: Connect needs a server that speaks it."""
-    return (*_GRPC, *_CONNECT) if find_spec("hypercorn") is not None else _GRPC
+    return (*GRPC, *_CONNECT) if find_spec("hypercorn") is not None else GRPC
 
 
 def session(flavour: str, server: FakeServer, source: TokenSource, record: Record, stop: threading.Event) -> None:

@@ -52,8 +52,8 @@ class AuthenticatedCall:
         dealings: The call's dealings with its source, if there were any before the first attempt.
     """
 
-    # A channel of grpc.aio that is closed looks for its calls in the frames of tasks, and asks each for its channel: ours
-    # are none of its own, but their attempts are.
+    # Before 1.83, a channel of grpc.aio that is closed looks for its calls in the frames of tasks, and asks each for
+    # its channel: ours are none of its own, but their attempts are.
     _channel = None
 
     # Most calls end well with their first attempt and need none of these of their own.
