@@ -425,8 +425,11 @@ class RefreshingTokenSource(TokenSource):
                 # Another process may have used the refresh token meanwhile; using it twice ends the session.
                 raise
             stored = self._seen
-        if stored != self._seen or held is None:
-            self._seen = current = stored
+        # What was seen before is not in use if refreshing it failed; then what is in use may be spent.
+        known = self._seen if self._unsaved else current
+        self._seen = stored
+        if stored != known or held is None:
+            current = stored
             self._unsaved = False
             if stored is not None and self._usable(stored):
                 token = self._adopt(stored)

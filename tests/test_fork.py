@@ -122,6 +122,39 @@ def test_a_child_that_is_forked_during_a_refresh_takes_its_result_from_the_store
     )
 
 
+def test_a_child_that_is_forked_before_a_saved_session_is_in_use_takes_it_from_the_store(tmp_path):
+    run_program(
+        """
+        store = FileStore(sys.argv[1])
+        store.save(session("old", lifetime=-1.0))
+        asked, saved, go_on = [], threading.Event(), threading.Event()
+        parent = os.getpid()
+
+        def refresh(old):
+            asked.append(old.access_token)
+            return session("new")
+
+        def jitter():  # is asked for when a session is put to use
+            if asked and os.getpid() == parent:
+                saved.set()
+                assert go_on.wait(20)
+            return 0.0
+
+        source = RefreshingTokenSource(store, refresh, jitter=jitter)
+        source._hold(store.load())  # the old one is in use
+        source._seen = store.load()
+        waiting = threading.Thread(target=lambda: source.token(timeout=20))
+        waiting.start()
+        assert saved.wait(20)
+        # The parent still holds the lock: the child waits for it.
+        threading.Timer(0.5, go_on.set).start()
+        assert in_child(lambda: source.token(timeout=20).value == "new" and asked == ["old"])
+        waiting.join(20)
+        """,
+        tmp_path / "session",
+    )
+
+
 def test_a_child_that_is_forked_during_a_refresh_of_a_session_in_memory_refreshes_by_itself():
     run_program("""
         begun, go_on = threading.Event(), threading.Event()

@@ -138,6 +138,21 @@ def test_ahead_of_time_it_is_refreshed_and_serves_if_that_fails():
         assert world.issuer.asked == [other]
 
 
+@pytest.mark.parametrize("failures", [1, 3])
+def test_after_failures_it_is_still_what_the_other_process_has_left_that_is_refreshed(failures):
+    with World() as world:
+        source = world.warm_source()
+        world.store.session = theirs = a_session(world.clock, 50)
+        world.clock.advance(7200)  # everybody has slept over its expiry
+        world.issuer.script.extend(RefreshError("the network is not up yet") for _ in range(failures))
+        for _ in range(failures):
+            with pytest.raises(RefreshError):
+                source.token(timeout=PATIENCE)
+            world.clock.advance(40)
+        assert source.token(timeout=PATIENCE).value == value(1)
+        assert world.issuer.asked == [theirs] * (failures + 1)  # never the one of its own, which is spent
+
+
 def test_many_sources_over_one_store_refresh_once_per_lifetime():
     clock = FakeClock()
     store = MemoryStore(a_session(clock))
