@@ -436,6 +436,8 @@ class RefreshingTokenSource(TokenSource):
                 if cause is not Cause.PROACTIVE or self._cause(self._held) is None:
                     return token
                 # Its last quarter has begun, nobody waits, and the lock is ours.
+        # Whether a login is required is for the issuer to say again: the store has changed.
+        self._dead = None
         asked_at = self._clock()
         try:
             session = self._refreshed(current)

@@ -336,6 +336,22 @@ def test_a_login_whose_token_has_nearly_expired_is_refreshed():
         assert world.issuer.asked[-1].refresh_token.endswith("9")
 
 
+def test_a_login_whose_token_has_nearly_expired_heals_although_the_first_refresh_of_it_fails():
+    with expired_world() as world:
+        source = world.source()
+        world.issuer.script.append(LoginRequired("ended"))
+        with pytest.raises(LoginRequired):
+            source.token(timeout=PATIENCE)
+        world.store.session = login = a_session(world.clock, 9)
+        world.clock.advance(7200)
+        world.issuer.script.append(RefreshError("down"))
+        with pytest.raises(RefreshError, match="down"):
+            source.token(timeout=PATIENCE)
+        world.clock.advance(1)
+        assert source.token(timeout=PATIENCE).value == value(1)
+        assert world.issuer.asked[1:] == [login, login]
+
+
 def test_a_login_that_was_saved_while_the_old_session_was_found_to_have_ended_is_used_at_once():
     with expired_world() as world:
         source = world.source()
