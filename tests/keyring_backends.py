@@ -65,6 +65,21 @@ class HangingKeyring(FileKeyring):
         self.released.wait(60)
 
 
+class GatedKeyring(FileKeyring):
+    """Waits with each write until its gate is open, as one with a prompt does."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.writes = 0
+
+    def set_password(self, service, username, password):
+        self.writes += 1
+        assert self.gate.wait(60)
+        super().set_password(service, username, password)
+
+
 class BrokenKeyring(FileKeyring):
     def get_password(self, service, username):
         raise FileNotFoundError(2, "No such file or directory")

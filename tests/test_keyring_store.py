@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import keyring.backends.fail
 import keyring.backends.null
 import keyring_backends
 import pytest
-from conftest import requires
+from conftest import eventually, requires
 from test_store_contract import LONG, SESSION
 
 from interceptors import KeyringStore, StoreError
@@ -122,6 +123,61 @@ def test_a_keyring_that_hangs_is_given_up(tmp_path):
                     act()
         finally:
             backend.released.set()
+
+
+def accesses():
+    return sum(thread.name == "interceptors-keyring" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def gated(tmp_path):
+    with using(keyring_backends.GatedKeyring(tmp_path / "keyring.json")) as backend:
+        yield backend
+        backend.gate.set()
+        eventually(lambda: not accesses())
+
+
+def test_while_a_keyring_hangs_one_access_waits_for_it_and_the_others_for_that_one(gated):
+    store = KeyringStore(timeout=0.1)
+    gated.gate.clear()
+    for _ in range(5):
+        with pytest.raises(StoreError, match=r"did not answer within 0.1 s: unlock it"):
+            store.save(SESSION)
+    assert accesses() == gated.writes == 1
+    gated.gate.set()
+    eventually(lambda: not accesses())
+    store.save(LONG)
+    assert store.load() == LONG
+
+
+def test_a_write_that_was_given_up_stops_and_what_was_kept_before_stays_whole(gated):
+    store = KeyringStore(timeout=0.1)
+    store.save(LONG)
+    gated.gate.clear()
+    writes = gated.writes
+    with pytest.raises(StoreError, match="did not answer"):
+        store.save(dataclasses.replace(LONG, refresh_token="newer"))
+    gated.gate.set()
+    eventually(lambda: not accesses())
+    assert gated.writes == writes + 1
+    assert store.load() == LONG
+
+
+def test_a_write_that_was_given_up_never_lands_after_a_newer_one(gated):
+    late, patient = KeyringStore(timeout=0.1), KeyringStore(timeout=20)
+    newer = dataclasses.replace(SESSION, refresh_token="newer")
+    gated.gate.clear()
+    with pytest.raises(StoreError, match="did not answer"):
+        late.save(SESSION)
+    prompt, gated.gate = gated.gate, threading.Event()
+    gated.gate.set()
+    saving = threading.Thread(target=patient.save, args=(newer,))
+    saving.start()
+    saving.join(0.3)  # time enough to overtake, if it could
+    prompt.set()
+    saving.join(20)
+    eventually(lambda: not accesses())
+    assert patient.load() == newer
 
 
 @pytest.mark.parametrize(

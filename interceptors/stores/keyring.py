@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from interceptors.errors import LOGIN_HINT, StoreError
 from interceptors.stores import format as session_format
@@ -98,14 +99,24 @@ class KeyringStore(SessionStore):
 
     # One access at a time, in time
 
-    def _access(self, act: Callable[[Any], T]) -> T:
+    def _access(self, act: Callable[[_Access], T]) -> T:
+        with ExitStack() as locked:
+            try:
+                locked.enter_context(file_lock(_state_directory() / "keyring.lock", self._timeout, str(self)))
+            except StoreError:
+                if _Access.latest is not None and _Access.latest.hangs:
+                    raise self._no_answer() from None
+                raise
+            # The thread gives it back, also when left behind: what it still does must not land after what is newer.
+            lock = locked.pop_all()
+        access = _Access()
+
         def work() -> T:
-            import keyring
             import keyring.errors
 
             try:
-                _check(keyring.get_keyring())
-                return act(keyring)
+                with lock:
+                    return access.run(act)
             except keyring.errors.NoKeyringError:
                 msg = f"this machine has no keyring: {_NO_KEYRING}"
                 raise StoreError(msg) from None
@@ -113,27 +124,28 @@ class KeyringStore(SessionStore):
                 msg = f"{self} is locked: unlock it, or {_NO_KEYRING}"
                 raise StoreError(msg) from None
 
-        with file_lock(_state_directory() / "keyring.lock", self._timeout, str(self)):
-            try:
-                return in_time(work, self._timeout, "interceptors-keyring")
-            except StoreError:
-                raise
-            except TimeoutError:
-                msg = (
-                    f"{self} did not answer within {self._timeout:g} s: unlock it, or answer its prompt; "
-                    f"or {_NO_KEYRING}"
-                )
-                raise StoreError(msg) from None
-            except Exception as error:
-                # No bus, no daemon, a dismissed prompt: each back end has errors of its own.
-                why = type(error).__name__
-                msg = f"{self} cannot be used ({why}): see that it is running and unlocked, or {_NO_KEYRING}"
-                raise StoreError(msg) from error
+        try:
+            return in_time(work, self._timeout, "interceptors-keyring")
+        except StoreError:
+            raise
+        except TimeoutError:
+            access.given_up = True
+            raise self._no_answer() from None
+        except Exception as error:
+            # No bus, no daemon, a dismissed prompt: each back end has errors of its own.
+            why = type(error).__name__
+            msg = f"{self} cannot be used ({why}): see that it is running and unlocked, or {_NO_KEYRING}"
+            raise StoreError(msg) from error
+
+    def _no_answer(self) -> StoreError:
+        return StoreError(
+            f"{self} did not answer within {self._timeout:g} s: unlock it, or answer its prompt; or {_NO_KEYRING}"
+        )
 
     # How a session is spread over secrets. The index, written last, holds its beginning and says which parts hold the
     # rest; the parts of the session before are still there until then.
 
-    def _read(self, keyring: Any) -> str | None:
+    def _read(self, keyring: _Access) -> str | None:
         text = keyring.get_password(self._service, self._profile)
         index = _parse(text)
         if index is None:
@@ -145,9 +157,9 @@ class KeyringStore(SessionStore):
             raise session_format.UnreadableSession(msg)
         return content
 
-    def _write(self, keyring: Any, content: str) -> None:
+    def _write(self, keyring: _Access, content: str) -> None:
         generation, count = _GENERATIONS[0], 0
-        if len(content) <= _longest_secret(keyring.get_keyring()):
+        if len(content) <= _longest_secret(keyring.backend):
             keyring.set_password(self._service, self._profile, content)
         else:
             present = _parse(keyring.get_password(self._service, self._profile))
@@ -164,19 +176,60 @@ class KeyringStore(SessionStore):
         for each in _GENERATIONS:
             self._remove_parts(keyring, each, count if each == generation else 0)
 
-    def _remove(self, keyring: Any) -> None:
+    def _remove(self, keyring: _Access) -> None:
         if keyring.get_password(self._service, self._profile) is not None:
             keyring.delete_password(self._service, self._profile)
         for generation in _GENERATIONS:
             self._remove_parts(keyring, generation, 0)
 
-    def _remove_parts(self, keyring: Any, generation: str, first: int) -> None:
+    def _remove_parts(self, keyring: _Access, generation: str, first: int) -> None:
         while keyring.get_password(self._service, self._part(generation, first)) is not None:
             keyring.delete_password(self._service, self._part(generation, first))
             first += 1
 
     def _part(self, generation: str, i: int) -> str:
         return f"{self._profile}\t{generation}{i}"
+
+
+class _Access:
+    """The keyring for one access. Once that is given up it ends with the call that hangs, and makes no other."""
+
+    latest: ClassVar[_Access | None] = None  # of this process, where the lock file has them one after another
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._ended = False
+        _Access.latest = self
+
+    @property
+    def hangs(self) -> bool:
+        return self.given_up and not self._ended
+
+    def run(self, act: Callable[[_Access], T]) -> T:
+        import keyring
+
+        try:
+            self.backend = keyring.get_keyring()
+            _check(self.backend)
+            return act(self)
+        finally:
+            self._ended = True
+
+    def get_password(self, service: str, name: str) -> str | None:
+        self._check()
+        return self.backend.get_password(service, name)
+
+    def set_password(self, service: str, name: str, password: str) -> None:
+        self._check()
+        self.backend.set_password(service, name, password)
+
+    def delete_password(self, service: str, name: str) -> None:
+        self._check()
+        self.backend.delete_password(service, name)
+
+    def _check(self) -> None:
+        if self.given_up:
+            raise TimeoutError
 
 
 class _Index(NamedTuple):
