@@ -150,7 +150,8 @@ class RefreshingTokenSource(TokenSource):
 
         self._held: _Held | None = None
         self._seen: Session | None = None  # what the store held when it was last read or written
-        self._unsaved = False  # the held session is newer than what the store holds
+        # The sessions that could not be saved, the last of which is held. Each may have landed all the same, or still.
+        self._unsaved: list[Session] = []
         self._untold: Session | None = None  # on_refresh has not heard of it yet
         self._dead: LoginRequired | None = None  # remembered until the store changes
         self._failure: AuthError | None = None  # the latest passing failure
@@ -402,7 +403,7 @@ class RefreshingTokenSource(TokenSource):
     def _token_from_elsewhere(self, *, patient: bool) -> Token | None:
         """What the store holds, if that helps; `_NothingNew` if it does not, nor would asking the issuer."""
         try:
-            stored = self._store.load()
+            stored = self._load()
         except Exception:
             if patient:
                 raise _NothingNew from None
@@ -419,7 +420,7 @@ class RefreshingTokenSource(TokenSource):
         cause = self._cause(held) or Cause.PROACTIVE
         current = held.session if held else None
         try:
-            stored = self._store.load()
+            stored = self._load()
         except Exception:
             if not self._unsaved:
                 # Another process may have used the refresh token meanwhile; using it twice ends the session.
@@ -430,7 +431,7 @@ class RefreshingTokenSource(TokenSource):
         self._seen = stored
         if stored != known or held is None:
             current = stored
-            self._unsaved = False
+            self._unsaved = []
             if stored is not None and self._usable(stored):
                 token = self._adopt(stored)
                 if cause is not Cause.PROACTIVE or self._cause(self._held) is None:
@@ -465,9 +466,15 @@ class RefreshingTokenSource(TokenSource):
         msg = "the issuer's new access token is about to expire: check this machine's clock and the token lifetime"
         raise RefreshError(msg)
 
+    def _load(self) -> Session | None:
+        stored = self._store.load()
+        if stored in self._unsaved:
+            self._seen = stored  # no news, but one of our own that has landed late
+        return stored
+
     def _has_changed(self) -> bool:
         try:
-            stored = self._store.load()
+            stored = self._load()
         except Exception:  # noqa: BLE001 - nothing is known to have changed
             return False
         return stored is not None and stored != self._seen
@@ -476,7 +483,7 @@ class RefreshingTokenSource(TokenSource):
         if self._held is not None:
             self._count(adoptions=1)
         self._seen = session
-        self._unsaved = False
+        self._unsaved = []
         return self._hold(session).token
 
     def _refreshed(self, session: Session | None) -> Session:
@@ -516,11 +523,11 @@ class RefreshingTokenSource(TokenSource):
                     "the refreshed session could not be saved and lives in memory only; saving is tried again (%s)",
                     str(error) if isinstance(error, AuthError) else type(error).__name__,
                 )
-            self._unsaved = True
+            self._unsaved.append(session)
             self._saving.fail(self._clock())
         else:
             self._seen = session
-            self._unsaved = False
+            self._unsaved = []
             self._saving.reset()
 
     def _save_again(self) -> None:
@@ -529,11 +536,11 @@ class RefreshingTokenSource(TokenSource):
             return
         try:
             with self._store.lock(_LOCK_SECONDS):
-                if self._store.load() == self._seen:
+                if self._load() == self._seen:
                     self._save(held.session)
                 else:
                     # Somebody has logged in or out meanwhile; theirs is the newer word.
-                    self._unsaved = False
+                    self._unsaved = []
         except BaseException as error:  # noqa: BLE001 - as in _save
             _log.debug("the session could not be saved yet: %s", type(error).__name__)
             self._saving.fail(self._clock())

@@ -315,6 +315,25 @@ def test_a_new_login_is_taken_over_although_the_present_session_could_not_be_sav
         assert len(world.issuer.asked) == 1
 
 
+@pytest.mark.parametrize("meanwhile", ["a refresh", "only time"])
+def test_a_session_of_its_own_that_was_saved_late_is_no_news_for_a_source_that_is_further_on(meanwhile):
+    with World() as world:
+        source = world.warm_source()
+        world.store.failing["save"] = StoreError("the keyring did not answer")
+        for _ in range(2):
+            world.clock.advance(7200)
+            source.token(timeout=PATIENCE)
+        late, held = world.issuer.issued
+        world.store.session = late  # somebody has answered the prompt
+        if meanwhile == "a refresh":
+            world.clock.advance(7200)
+            assert source.token(timeout=PATIENCE).value == value(3)
+            assert world.issuer.asked[-1] == held  # the late one's refresh token is spent
+        world.store.failing.clear()
+        source.close()
+        assert world.store.session == world.issuer.issued[-1]
+
+
 def test_close_saves_what_could_not_be_saved_before():
     with World() as world:
         source = world.warm_source()
