@@ -33,6 +33,8 @@ _log = logging.getLogger("interceptors")
 
 _LOCK_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 1.0
+_SAVE_PAUSES = (0.1, 0.3, 0.6, 1.0)
+_SAVE_SECONDS = 3.0
 _SAVE_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 120.0  # the wait for the lock, and then an issuer that answers each of its requests at the last moment
 _SHORTEST_SECRET = 8
@@ -163,6 +165,8 @@ class RefreshingTokenSource(TokenSource):
         self._after_fork_in_child()
         renew_after_fork(self)
         _open_sources.add(self)
+
+    _pause = staticmethod(time.sleep)  # between two attempts to save
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.Lock()  # guards state for moments, never held during I/O
@@ -515,20 +519,29 @@ class RefreshingTokenSource(TokenSource):
         return held
 
     def _save(self, session: Session) -> None:
-        try:
-            self._store.save(session)
-        except BaseException as error:  # noqa: BLE001 - the session must live on whatever the store does
-            if not self._unsaved:
-                _log.warning(
-                    "the refreshed session could not be saved and lives in memory only; saving is tried again (%s)",
-                    str(error) if isinstance(error, AuthError) else type(error).__name__,
-                )
-            self._unsaved.append(session)
-            self._saving.fail(self._clock())
-        else:
-            self._seen = session
-            self._unsaved = []
-            self._saving.reset()
+        # As long as the lock is held, nobody presents the refresh token that the store still holds, and that is spent.
+        pauses = iter(() if self._unsaved else _SAVE_PAUSES)
+        give_up_at = time.monotonic() + _SAVE_SECONDS
+        while True:
+            try:
+                self._store.save(session)
+            except BaseException as error:  # noqa: BLE001 - the session must live on whatever the store does
+                pause = next(pauses, None)
+                if pause is not None and time.monotonic() < give_up_at:
+                    self._pause(pause)
+                    continue
+                if not self._unsaved:
+                    _log.warning(
+                        "the refreshed session could not be saved and lives in memory only; saving is tried again (%s)",
+                        str(error) if isinstance(error, AuthError) else type(error).__name__,
+                    )
+                self._unsaved.append(session)
+                self._saving.fail(self._clock())
+            else:
+                self._seen = session
+                self._unsaved = []
+                self._saving.reset()
+            return
 
     def _save_again(self) -> None:
         held = self._held

@@ -125,11 +125,13 @@ class World:
         self.issuer = ScriptedIssuer(self.clock, lifetime)
         first = a_session(self.clock, lifetime=lifetime) if isinstance(session, str) else session
         self.store = ScriptedStore(first)
+        self.pauses: list[float] = []
         self._sources = ExitStack()
 
     def source(self, **options: Any) -> RefreshingTokenSource:
         options.setdefault("jitter", lambda: 0.0)
         source = RefreshingTokenSource(self.store, self.issuer, clock=self.clock, **options)
+        source._pause = self.pauses.append
         return self._sources.enter_context(source)
 
     def warm_source(self, **options: Any) -> RefreshingTokenSource:

@@ -24,7 +24,16 @@ from scripted import (
     values,
 )
 
-from interceptors import AuthError, LoginRequired, MemoryStore, RefreshError, RefreshingTokenSource, Session, StoreError
+from interceptors import (
+    AuthError,
+    LoginRequired,
+    MemoryStore,
+    RefreshError,
+    RefreshingTokenSource,
+    Session,
+    StoreError,
+    refreshing,
+)
 
 STORE_FAILURES = [
     StoreError("the keyring is locked"),
@@ -239,6 +248,45 @@ def test_a_session_that_cannot_be_saved_lives_on_and_is_saved_as_soon_as_it_can_
         world.store.failing.clear()
         world.clock.advance(61)
         eventually(lambda: world.store.session == world.issuer.issued[-1])
+
+
+def test_a_save_that_fails_for_a_moment_is_made_before_the_lock_is_given_back(caplog):
+    with World() as world, caplog.at_level(logging.WARNING):
+        source = world.warm_source()
+        world.clock.advance(7200)
+        world.store.failing["save"] = OSError("busy")
+        locked = []
+
+        def pause(seconds):
+            locked.append(world.store.locked)
+            if len(locked) == 3:
+                del world.store.failing["save"]
+
+        source._pause = pause
+        assert source.token(timeout=PATIENCE).value == value(1)
+        assert locked == [True] * 3
+        assert world.store.session == world.issuer.issued[0]
+        assert caplog.records == []
+
+
+def test_who_waits_for_the_lock_is_kept_waiting_for_seconds_at_most_and_once_an_outage():
+    with World() as world:
+        source = world.warm_source()
+        world.store.failing["save"] = OSError("no space")
+        for _ in range(3):
+            world.clock.advance(7200)
+            source.token(timeout=PATIENCE)
+        assert 1 <= sum(world.pauses) <= 3
+
+
+def test_a_store_that_takes_long_to_fail_is_not_tried_again_under_the_lock(monkeypatch):
+    with World() as world:
+        source = world.warm_source()
+        world.store.failing["save"] = StoreError("no answer within 10 s")
+        monkeypatch.setattr(refreshing, "_SAVE_SECONDS", 0.0)
+        world.clock.advance(7200)
+        source.token(timeout=PATIENCE)
+        assert world.pauses == []
 
 
 def test_a_long_outage_of_the_store_is_worth_one_warning_and_the_next_outage_another(caplog):
