@@ -33,6 +33,8 @@ _log = logging.getLogger("interceptors")
 
 _LOCK_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 1.0
+_BRIEFLY_SECONDS = 1.0
+_OUTAGE_SECONDS = 300.0
 _SAVE_PAUSES = (0.1, 0.3, 0.6, 1.0)
 _SAVE_SECONDS = 3.0
 _SAVE_AGAIN_SECONDS = 60.0
@@ -305,7 +307,13 @@ class RefreshingTokenSource(TokenSource):
                 self._start_thread()
                 ours = self._round = _Round()
                 self._jobs.put(ours)
-        if not ours.done.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            # In an outage the next attempt will hardly fare better: each call would wait for a time limit of its own.
+            failure = self._failure if now < self._backoff.until + _OUTAGE_SECONDS else None
+        patience = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        brief = failure is not None and patience > _BRIEFLY_SECONDS
+        if not ours.done.wait(_BRIEFLY_SECONDS if brief else patience):
+            if brief:
+                return self._token_despite(failure, self._clock())
             msg = f"the access token was not refreshed within {timeout:g} s"
             raise TimeoutError(msg)
         answer = ours.answer

@@ -18,7 +18,7 @@ from scripted import (
     values,
 )
 
-from interceptors import AuthError, LoginRequired, RefreshError, StoreError
+from interceptors import AuthError, LoginRequired, RefreshError, StoreError, refreshing
 
 
 class OddError(Exception):
@@ -102,6 +102,42 @@ def test_when_the_issuer_hangs_those_who_wait_share_one_timeout():
             with pytest.raises(RefreshError, match="hangs"):
                 wait()
         assert len(world.issuer.asked) == 1
+
+
+def test_in_an_outage_nobody_waits_long_for_the_next_attempt_but_its_token_is_for_all(monkeypatch):
+    monkeypatch.setattr(refreshing, "_BRIEFLY_SECONDS", 0.05)
+    with expired_world() as world:
+        source = world.source()
+        world.issuer.script.append(RefreshError("down"))
+        with pytest.raises(RefreshError, match="down"):
+            source.token(timeout=PATIENCE)
+        world.clock.advance(31)
+        world.issuer.wait_for_request()
+        with world.issuer.closed_gate():
+            for timeout in (None, PATIENCE):
+                with pytest.raises(RefreshError, match="down"):
+                    in_background(lambda timeout=timeout: source.token(timeout=timeout))()
+            with pytest.raises(TimeoutError):
+                source.token(timeout=0.01)
+            world.issuer.wait_for_request()
+        settled(source)
+        assert source.token(timeout=PATIENCE).value == value(1)
+        assert len(world.issuer.asked) == 2
+
+
+def test_long_after_a_failure_the_next_attempt_is_waited_for(monkeypatch):
+    monkeypatch.setattr(refreshing, "_BRIEFLY_SECONDS", 0.0)
+    with expired_world() as world:
+        source = world.source()
+        world.issuer.script.append(RefreshError("down"))
+        with pytest.raises(RefreshError, match="down"):
+            source.token(timeout=PATIENCE)
+        world.issuer.wait_for_request()
+        world.clock.advance(600)
+        with world.issuer.closed_gate():
+            waiting = in_background(lambda: source.token(timeout=PATIENCE))
+            world.issuer.wait_for_request()
+        assert waiting().value == value(1)
 
 
 def test_attempts_are_spread_over_a_long_outage():
