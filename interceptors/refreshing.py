@@ -15,7 +15,7 @@ from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self
 
-from interceptors.errors import AuthError, LoginRequired, RefreshError, fresh_copy
+from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, fresh_copy
 from interceptors.forking import renew_after_fork
 from interceptors.freshness import freshness
 from interceptors.pacing import ON_TRIAL_SECONDS, Backoff, CoolDown
@@ -449,6 +449,12 @@ class RefreshingTokenSource(TokenSource):
                 if cause is not Cause.PROACTIVE or self._cause(self._held) is None:
                     return token
                 # Its last quarter has begun, nobody waits, and the lock is ours.
+        if current is not None and not self._ours(current):
+            msg = (
+                f"the session in {self._store} belongs to client {current.client_id} at {current.issuer} by now: "
+                f"{LOGIN_HINT}, or use another profile"
+            )
+            raise LoginRequired(msg)
         # Whether a login is required is for the issuer to say again: the store has changed.
         self._dead = None
         asked_at = self._clock()
@@ -515,7 +521,15 @@ class RefreshingTokenSource(TokenSource):
             return Cause.MANDATORY
         return Cause.PROACTIVE if now >= held.fresh_until else None
 
+    def _ours(self, session: Session) -> bool:
+        """Whether it is of the issuer and client that the source has tokens of; others' are not for its servers."""
+        held = self._held.session if self._held else session
+        pairs = ((session.issuer, held.issuer), (session.client_id, held.client_id))
+        return all(not theirs or not ours or theirs == ours for theirs, ours in pairs)
+
     def _usable(self, session: Session) -> bool:
+        if not self._ours(session):
+            return False
         held = self._held
         if held is not None and held.rejected and session.access_token == held.token.value:
             return False

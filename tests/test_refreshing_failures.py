@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from itertools import pairwise
 
@@ -421,6 +422,40 @@ def test_a_session_that_has_ended_is_not_presented_again_because_the_store_canno
         world.clock.advance(40)
         world.store.session = a_session(world.clock, 9)
         assert source.token(timeout=PATIENCE).value == value(9)
+
+
+@pytest.mark.parametrize("theirs", [{"issuer": "https://other.example"}, {"client_id": "other"}], ids=str)
+@pytest.mark.parametrize("due", [False, True])
+def test_a_session_of_another_issuer_or_client_is_not_taken_over_and_shown_to_nobody(theirs, due):
+    with World() as world:
+        source = world.warm_source()
+        ours = a_session(world.clock, 9)
+        world.store.session = dataclasses.replace(a_session(world.clock, 5), **theirs)
+        if due:
+            world.clock.advance(7200)
+        else:
+            source.reject(source.token())
+        for _ in range(5):
+            with pytest.raises(LoginRequired, match=r"belongs to client .* at https://.*interceptors login"):
+                source.token(timeout=PATIENCE)
+            world.clock.advance(40)
+        assert world.issuer.asked == []
+        assert source.stats.failures == 1
+        world.store.session = dataclasses.replace(ours, expires_at=world.clock() + 3600)
+        assert source.token(timeout=PATIENCE).value == value(9)
+        assert world.issuer.asked == []
+
+
+def test_while_its_own_token_works_nobody_notices_that_somebody_has_logged_in_elsewhere():
+    with World() as world:
+        source = world.warm_source()
+        world.store.session = dataclasses.replace(a_session(world.clock, 5), issuer="https://other.example")
+        world.clock.advance(2800)
+        for _ in range(3):
+            assert source.token(timeout=PATIENCE).value == value(0)
+            settled(source)
+            world.clock.advance(2)
+        assert world.issuer.asked == []
 
 
 def test_a_logout_elsewhere_ends_the_session_at_the_next_refresh():
