@@ -71,6 +71,28 @@ def test_the_lock_is_renewed_for_as_long_as_it_is_held(place, monkeypatch):
         pass
 
 
+def test_a_renewal_that_fails_for_a_moment_does_not_lose_the_lock(place, monkeypatch):
+    monkeypatch.setattr(redis_store, "_LOCK_SECONDS", 1.5)
+    tried = threading.Semaphore(0)
+    reacquire = redis.lock.Lock.reacquire
+
+    def dropped_once(lock):
+        monkeypatch.setattr(redis.lock.Lock, "reacquire", renewed)
+        raise redis.ConnectionError("connection reset by peer")
+
+    def renewed(lock):
+        assert reacquire(lock)
+        tried.release()
+
+    monkeypatch.setattr(redis.lock.Lock, "reacquire", dropped_once)
+    with place.store().lock():
+        assert tried.acquire(timeout=20)
+        assert tried.acquire(timeout=20)
+        assert tried.acquire(timeout=20)  # by now the lock would have ended
+        with pytest.raises(StoreError), place.store().lock(0):
+            pass
+
+
 def test_the_lock_of_a_dead_holder_ends_by_itself(place, monkeypatch):
     monkeypatch.setattr(redis_store, "_LOCK_SECONDS", 0.3)
     monkeypatch.setattr(redis_store, "_renew", lambda *_: None)

@@ -147,11 +147,17 @@ class RedisStore(SessionStore):
 
 
 def _renew(lock: Any, released: threading.Event) -> None:
-    while not released.wait(_LOCK_SECONDS / 3):
+    import redis.exceptions
+
+    pause = _LOCK_SECONDS / 3
+    while not released.wait(pause):
         try:
             lock.reacquire()
-        except Exception:  # noqa: BLE001 - it is lost, or Redis is down: the fence holds
-            return
+            pause = _LOCK_SECONDS / 3
+        except redis.exceptions.LockError:
+            return  # it is lost: the fence holds
+        except Exception:  # noqa: BLE001 - Redis may be back before the lock ends
+            pause = _LOCK_SECONDS / 15
 
 
 def _is_async(client: object) -> bool:
