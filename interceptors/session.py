@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final
 
 from interceptors.tokens import Token, check_unix_seconds
+
+_TEXTS: Final = ("refresh_token", "id_token", "scope", "issuer", "client_id", "subject", "name", "email")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Session:
 
     Raises:
         ValueError: A token holds characters that no token may hold, or a time is not finite.
-        TypeError: A time is a datetime or something else that is not a number.
+        TypeError: A time is a datetime or something else that is not a number, or another field is not text.
     """
 
     access_token: str = field(repr=False)
@@ -48,6 +51,11 @@ class Session:
             msg = "issued_at must be Unix seconds, not None"
             raise TypeError(msg)
         check_unix_seconds(issued_at, "issued_at")
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                msg = f"{name} must be a str or None, not {type(value).__name__}"
+                raise TypeError(msg)
         _ = self.token
 
     @cached_property

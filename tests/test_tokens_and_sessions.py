@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import pickle
 
@@ -38,6 +39,13 @@ def test_an_expiry_that_is_no_number_says_what_was_expected(expires_at):
 def test_an_expiry_that_is_not_finite_is_refused(expires_at):
     with pytest.raises(ValueError, match="finite"):
         Token("t", expires_at)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Session) if "str | None" in field.type])
+@pytest.mark.parametrize("wrong", [5, b"s3cret", ("s3cret", "b")], ids=repr)
+def test_a_field_of_the_wrong_type_is_named_before_it_is_saved_and_cannot_be_read_back(field, wrong):
+    with pytest.raises(TypeError, match=f"^{field} must be a str or None, not {type(wrong).__name__}$"):
+        Session(access_token="t", issued_at=0.0, **{field: wrong})
 
 
 def test_no_repr_shows_a_secret():
