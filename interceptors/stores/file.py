@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import stat
 import tempfile
@@ -34,7 +35,7 @@ class FileStore(SessionStore):
 
     Raises:
         TypeError: `path` is no path.
-        ValueError: `path` is empty, or a directory.
+        ValueError: `path` is empty, a directory, or cannot be a path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,25 +46,27 @@ class FileStore(SessionStore):
         if not isinstance(text, str):
             msg = f"path must be a str or a path, not {type(path).__name__}"
             raise TypeError(msg)
+        if "\0" in text:
+            msg = f"path must not contain a NUL character: {text!r}"
+            raise ValueError(msg)
         try:
             self._path = Path(text).expanduser().absolute()
         except RuntimeError:
-            msg = f"path must not begin with the home directory of nobody: {text!r}"
+            msg = f"path must not begin with the home directory of an unknown user: {text!r}"
             raise ValueError(msg) from None
-        # os.path says of what cannot be looked at that it is no directory; whoever reads or writes it is told why.
-        if not text or "\0" in text or os.path.isdir(self._path):  # noqa: PTH112
+        if not text or os.path.isdir(self._path):  # noqa: PTH112 - Path.is_dir raises where nobody may look
             msg = f"path must name a file, not a directory: {text!r}"
             raise ValueError(msg)
 
     def load(self) -> Session | None:
         """See `SessionStore.load`; also refuses a file that others can read."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+            file = open(self._path, "rb", opener=_open)  # noqa: SIM115 - Path.open takes no opener
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._error("cannot be read", error) from error
-        with os.fdopen(descriptor, "rb") as file:
+        with file:
             self._check_private(os.fstat(file.fileno()))
             try:
                 content = file.read()
@@ -142,7 +145,9 @@ class FileStore(SessionStore):
     def _remove_leftovers(self) -> None:
         """Removes what writers that were killed have left behind; one that is at work now is not touched."""
         newest_to_remove = None
-        for leftover in self._path.parent.glob(f"{self._prefix}*.tmp"):
+        # What mkstemp puts between prefix and suffix, so that no other file's are taken for this one's.
+        pattern = f"{glob.escape(self._prefix)}{'[a-z0-9_]' * 8}.tmp"
+        for leftover in self._path.parent.glob(pattern):
             with contextlib.suppress(OSError):
                 if newest_to_remove is None:
                     newest_to_remove = _file_system_time(self._path.parent) - _LEFTOVER_SECONDS
@@ -154,6 +159,11 @@ class FileStore(SessionStore):
 
 
 _LEFTOVER_SECONDS: Final = 60.0
+
+
+def _open(path: str, flags: int) -> int:
+    # A FIFO would wait for somebody to write.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def _file_system_time(directory: Path) -> float:
