@@ -91,6 +91,30 @@ def test_a_writer_that_dies_between_two_secrets_leaves_the_old_session_or_the_ne
     assert len(backend.entries()) == 1
 
 
+@pytest.mark.parametrize("deletions", range(1, 8))
+@pytest.mark.parametrize("killed", ["clear", "save"])
+def test_what_a_removal_that_was_killed_has_left_is_removed_by_the_next_one(backend, killed, deletions):
+    store = KeyringStore()
+    store.save(LONG)
+    delete, left = backend.delete_password, [deletions]
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*arguments):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        delete(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "delete_password", dying)
+        with pytest.raises(Killed):
+            store.clear() if killed == "clear" else store.save(SESSION)
+    store.clear()
+    assert backend.entries() == {}
+
+
 def test_a_missing_part_is_an_error_and_not_a_shorter_session(backend):
     store = KeyringStore()
     store.save(LONG)

@@ -183,9 +183,12 @@ class KeyringStore(SessionStore):
             self._remove_parts(keyring, generation, 0)
 
     def _remove_parts(self, keyring: _Access, generation: str, first: int) -> None:
-        while keyring.get_password(self._service, self._part(generation, first)) is not None:
-            keyring.delete_password(self._service, self._part(generation, first))
-            first += 1
+        end = first
+        while keyring.get_password(self._service, self._part(generation, end)) is not None:
+            end += 1
+        # From the last one down: whoever dies midway leaves no gap, behind which nobody would look.
+        for i in reversed(range(first, end)):
+            keyring.delete_password(self._service, self._part(generation, i))
 
     def _part(self, generation: str, i: int) -> str:
         return f"{self._profile}\t{generation}{i}"
