@@ -614,8 +614,16 @@ _open_sources: weakref.WeakSet[RefreshingTokenSource] = weakref.WeakSet()
 @atexit.register
 def _close_all() -> None:
     # A daemon thread that dies between the issuer's answer and the save would lose the only valid refresh token.
-    for source in list(_open_sources):
-        source.close()
+    sources = list(_open_sources)
+    for source in sources:
+        with source._lock:  # noqa: SLF001
+            source._closed = True  # noqa: SLF001
+            source._jobs.put(None)  # noqa: SLF001
+    # All have been told before any is waited for, so that many that hang take no longer than one.
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    for source in sources:
+        if source._thread is not None:  # noqa: SLF001
+            source._thread.join(max(deadline - time.monotonic(), 0.0))  # noqa: SLF001
 
 
 def _work(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import weakref
 from pathlib import Path
@@ -378,6 +379,30 @@ def test_the_program_ends_at_once_when_nothing_is_under_way():
             source.token()
     """)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+def test_the_end_of_the_program_waits_for_many_refreshes_that_hang_no_longer_than_for_one():
+    begin = time.monotonic()
+    finished = run_program("""
+        import threading
+        from interceptors import MemoryStore, RefreshingTokenSource, refreshing
+        refreshing._CLOSE_SECONDS = 1.0
+        hanging = [threading.Event() for _ in range(20)]
+
+        def refresh_of(event):
+            def refresh(_):
+                event.set()
+                threading.Event().wait()
+            return refresh
+
+        sources = [RefreshingTokenSource(MemoryStore(), refresh_of(event)) for event in hanging]
+        for source in sources:
+            threading.Thread(target=source.token, daemon=True).start()
+        for event in hanging:
+            assert event.wait(20)
+    """)
+    assert finished.returncode == 0, finished.stderr
+    assert time.monotonic() - begin < 10
 
 
 # What nobody ever sees
