@@ -89,3 +89,11 @@ def test_what_killed_writers_have_left_is_removed_and_nothing_else(tmp_path, nam
     store.save(LONG)
     assert store.load() == LONG
     assert set(tmp_path.iterdir()) == {tmp_path / name, of_another, new}
+
+
+def test_a_lock_inside_a_lock_is_an_error_and_waits_for_nobody(tmp_path):
+    store = FileStore(tmp_path / "session.json")
+    with store.lock(), pytest.raises(StoreError, match="locked by this very thread"), store.lock():
+        pass
+    with store.lock(0):
+        pass

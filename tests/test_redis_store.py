@@ -33,6 +33,14 @@ def test_clients_that_decode_and_clients_that_do_not(place):
     assert text.load() == SESSION
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_content_that_is_no_text_is_damaged_for_both(place, decode):
+    with redis.Redis(port=place.port) as client:
+        client.hset("session", "session", b"\xff\xfe{}")
+    with pytest.raises(StoreError, match="it is damaged: delete the key"):
+        place.store(decode_responses=decode).load()
+
+
 def test_a_holder_who_has_lost_the_lock_does_not_overwrite_what_is_newer(place):
     late, other = place.store(), place.store()
     newer = dataclasses.replace(SESSION, refresh_token="newer")

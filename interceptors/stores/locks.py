@@ -37,6 +37,10 @@ def file_lock(path: Path, timeout: float | None, what: str) -> Iterator[None]:
     except OSError as error:
         msg = f"{what} cannot be locked: the lock file {path} cannot be used ({error.strerror or error})"
         raise StoreError(msg) from error
+    except RuntimeError as error:
+        # filelock's word for it: who waits is who holds it.
+        msg = f"{what} is locked by this very thread, which would wait for ever (lock file {path}): do not nest locks"
+        raise StoreError(msg) from error
     try:
         yield
     finally:

@@ -72,13 +72,18 @@ class RedisStore(SessionStore):
 
     def load(self) -> Session | None:
         """See `SessionStore.load`."""
-        with self._errors("read"):
-            version, content = self._client.hmget(self._key, ["version", "session"])
+        remedy = f"delete the key and {LOGIN_HINT}"
+        try:
+            with self._errors("read"):
+                version, content = self._client.hmget(self._key, ["version", "session"])
+        except UnicodeDecodeError:
+            # The client decodes. No session that was saved is anything but ASCII.
+            return session_format.loads("", str(self), remedy)
         if getattr(self._holding, "version", None) is not None:
             self._holding.version = _text(version) or "0"
         if content is None:
             return None
-        return session_format.loads(content, str(self), f"delete the key and {LOGIN_HINT}")
+        return session_format.loads(content, str(self), remedy)
 
     def save(self, session: Session) -> None:
         """See `SessionStore.save`; under the lock, also refuses to overwrite what was not seen.
