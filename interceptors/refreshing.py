@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from queue import Empty, SimpleQueue
@@ -291,8 +292,10 @@ class RefreshingTokenSource(TokenSource):
             stale = held is not None and now < held.due_at and not held.refused
             if stale or self._patient(now):
                 if not self._closed:
-                    self._start_thread()
-                    self._nudge(now)
+                    # Nobody needs to know that no thread is to be had while there is a token.
+                    with suppress(RuntimeError):
+                        self._start_thread()
+                        self._nudge(now)
                 return self._token_despite(self._failure, now)
             if self._closed:
                 msg = "the token source is closed: keep it open for as long as calls are made with it"
@@ -474,7 +477,7 @@ class RefreshingTokenSource(TokenSource):
         now = self._clock()
         if now < held.fresh_until:
             return held.token
-        if asked_at < held.fresh_until:
+        if max(asked_at, session.issued_at) < held.fresh_until:
             # The token is a good one; it took long to get and to save it.
             if now < held.due_at:
                 return held.token

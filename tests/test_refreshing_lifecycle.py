@@ -288,6 +288,23 @@ def test_a_thread_that_cannot_be_started_is_an_error_for_who_asked_and_the_next_
         assert source.token(timeout=PATIENCE).value == value(0)
 
 
+def test_a_thread_that_cannot_be_started_is_no_error_while_there_is_a_token(monkeypatch):
+    with World() as world:
+        world.clock.advance(2800)  # inside the window
+        source = world.source()
+        source._hold(world.store.session)
+        source._seen = world.store.session
+
+        def no_threads(_):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_threads)
+            assert source.token(timeout=1).value == value(0)
+        assert source.token(timeout=PATIENCE).value == value(0)
+        eventually(lambda: source.peek().value == value(1))
+
+
 # The end of the program
 
 

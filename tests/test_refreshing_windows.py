@@ -236,6 +236,20 @@ def test_two_hundred_threads_that_come_first_cost_one_look_at_the_store():
         assert world.store.done.count("load") <= 3  # a late thread may begin another round
 
 
+def test_an_issuer_that_issues_expired_tokens_is_asked_once_an_attempt_while_time_goes_on():
+    def issued_expired(_):
+        world.clock.advance(0.01)  # on the way to the request
+        return a_session(world.clock, 1, lifetime=0.0)
+
+    with World() as world:
+        world.clock.advance(7200)
+        source = world.source()
+        world.issuer.script += [issued_expired] * 3
+        with pytest.raises(RefreshError, match="about to expire"):
+            source.token(timeout=PATIENCE)
+        assert len(world.issuer.asked) == 1
+
+
 def test_each_waits_no_longer_than_its_own_time_and_the_refresh_serves_later_callers():
     with World() as world:
         source = world.warm_source()
