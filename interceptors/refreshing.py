@@ -42,6 +42,8 @@ _SAVE_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 120.0  # the wait for the lock, and then an issuer that answers each of its requests at the last moment
 _SHORTEST_SECRET = 8
 
+_NEEDS_ITSELF = "refreshing the access token needs that access token itself: refresh and on_refresh must not use it"
+
 
 class Cause(enum.Enum):
     """Why a refresh was needed."""
@@ -202,6 +204,12 @@ class RefreshingTokenSource(TokenSource):
             return held.token
         return self._token_when_ready(timeout)
 
+    async def token_async(self, *, timeout: float | None = None) -> Token:  # noqa: ASYNC109 - see `TokenSource`
+        """`token` for event loops; see `TokenSource.token_async`."""
+        if self._thread is threading.current_thread() and self.peek() is None:
+            raise RefreshError(_NEEDS_ITSELF)
+        return await super().token_async(timeout=timeout)
+
     # What servers say
 
     def reject(self, token: Token) -> None:
@@ -301,10 +309,7 @@ class RefreshingTokenSource(TokenSource):
                 msg = "the token source is closed: keep it open for as long as calls are made with it"
                 raise RefreshError(msg)
             if self._thread is threading.current_thread():
-                msg = (
-                    "refreshing the access token needs that access token itself: refresh and on_refresh must not use it"
-                )
-                raise RefreshError(msg)
+                raise RefreshError(_NEEDS_ITSELF)
             ours = self._round
             if ours is None:
                 self._start_thread()

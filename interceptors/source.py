@@ -131,9 +131,11 @@ class CallableTokenSource(TokenSource):
     def _after_fork_in_child(self) -> None:
         self._calling = threading.Lock()
         self._state = threading.Lock()
+        self._asking: int | None = None  # the thread that is inside `fn`
 
     def token(self, *, timeout: float | None = None) -> Token:
         """The token that `fn` returns now; see `TokenSource.token`."""
+        self._check_not_inside()
         if timeout is None:
             with self._calling:
                 return self._call()
@@ -142,6 +144,16 @@ class CallableTokenSource(TokenSource):
             return future.result(min(timeout, threading.TIMEOUT_MAX))
         finally:
             future.cancel()
+
+    async def token_async(self, *, timeout: float | None = None) -> Token:  # noqa: ASYNC109 - see `TokenSource`
+        """`token` for event loops; see `TokenSource.token_async`."""
+        self._check_not_inside()
+        return await super().token_async(timeout=timeout)
+
+    def _check_not_inside(self) -> None:
+        if self._asking == threading.get_ident():
+            msg = "the application's token function needs the token that it is to return: it must not use its source"
+            raise RefreshError(msg)
 
     def _call(self) -> Token:
         token = self._ask(force_refresh=False)
@@ -165,6 +177,7 @@ class CallableTokenSource(TokenSource):
         return token
 
     def _ask(self, *, force_refresh: bool) -> Token:
+        self._asking = threading.get_ident()
         try:
             value = self._fn(force_refresh)
         except AuthError:
@@ -172,6 +185,8 @@ class CallableTokenSource(TokenSource):
         except Exception as error:
             msg = f"the application's token function failed with {type(error).__name__}"
             raise RefreshError(msg) from error
+        finally:
+            self._asking = None
         try:
             return Token(value)
         except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import subprocess
@@ -105,6 +106,15 @@ def test_waiting_for_a_token_inside_refresh_or_on_refresh_is_an_error_and_no_dea
         assert source.token(timeout=PATIENCE).value == value(1)
         assert "must not use it" in str(errors[0])
         world.issuer.script.append(lambda _: source.token())
+        world.clock.advance(7200)
+        with pytest.raises(RefreshError, match="must not use it"):
+            source.token(timeout=PATIENCE)
+
+
+def test_so_it_is_on_an_event_loop_inside_refresh():
+    with World() as world:
+        source = world.warm_source()
+        world.issuer.script.append(lambda _: asyncio.run(source.token_async()))
         world.clock.advance(7200)
         with pytest.raises(RefreshError, match="must not use it"):
             source.token(timeout=PATIENCE)

@@ -271,6 +271,28 @@ def test_those_who_have_given_up_are_not_asked_for():
     assert len(asked) <= 3
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda source: source.token(),
+        lambda source: source.token(timeout=PATIENCE),
+        lambda source: asyncio.run(source.token_async()),
+    ],
+    ids=["token", "with a timeout", "on an event loop"],
+)
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_a_function_that_uses_its_own_source_is_an_error_and_no_deadlock(use, timeout):
+    nested = [use]
+
+    def fn(_):
+        return nested.pop()(source) if nested else "abc"
+
+    source = CallableTokenSource(fn)
+    with pytest.raises(RefreshError, match="must not use its source"):
+        in_background(lambda: source.token(timeout=timeout))()
+    assert in_background(lambda: source.token(timeout=timeout))().value == "abc"
+
+
 def test_a_callable_source_shows_its_function_and_no_token():
     source = CallableTokenSource(Application())
     source.token()
