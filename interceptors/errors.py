@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 E = TypeVar("E", bound=BaseException)
 
 LOGIN_HINT: Final = 'run "interceptors login"'
+
+_SHORTEST_SECRET: Final = 8
 
 
 class AuthError(Exception):
@@ -42,8 +47,34 @@ def fresh_copy(error: E) -> E:
     """A copy of `error` to raise in one of several threads, since raising changes an exception's traceback."""
     try:
         duplicate = copy.copy(error)
+        # Copying calls the class with `args`, which some build from other arguments.
+        alike = (duplicate.args, str(duplicate)) == (error.args, str(error))
     except Exception:  # noqa: BLE001 - not every class that an application raises can be copied
+        return error
+    if not alike:
         return error
     duplicate.__cause__ = error.__cause__
     duplicate.__suppress_context__ = error.__suppress_context__
     return duplicate.with_traceback(None)
+
+
+def shows(error: BaseException, secrets: Iterable[str | None]) -> bool:
+    """Whether the text of `error`, or of anything that its traceback tells of, holds one of `secrets`."""
+    long_enough = [secret for secret in secrets if secret and len(secret) >= _SHORTEST_SECRET]
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        try:
+            text = f"{each!s} {each!r} {getattr(each, '__notes__', '')}"
+        except Exception:  # noqa: BLE001 - what cannot be looked at is better not shown
+            return True
+        if any(secret in text for secret in long_enough):
+            return True
+        left += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            left += each.exceptions
+    return False

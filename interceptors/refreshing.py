@@ -16,7 +16,7 @@ from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self
 
-from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, fresh_copy
+from interceptors.errors import LOGIN_HINT, AuthError, LoginRequired, RefreshError, fresh_copy, shows
 from interceptors.forking import renew_after_fork
 from interceptors.freshness import freshness
 from interceptors.pacing import ON_TRIAL_SECONDS, Backoff, CoolDown
@@ -40,7 +40,6 @@ _SAVE_PAUSES = (0.1, 0.3, 0.6, 1.0)
 _SAVE_SECONDS = 3.0
 _SAVE_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 120.0  # the wait for the lock, and then an issuer that answers each of its requests at the last moment
-_SHORTEST_SECRET = 8
 
 _NEEDS_ITSELF = "refreshing the access token needs that access token itself: refresh and on_refresh must not use it"
 
@@ -160,7 +159,7 @@ class RefreshingTokenSource(TokenSource):
         # The sessions that could not be saved, the last of which is held. Each may have landed all the same, or still.
         self._unsaved: list[Session] = []
         self._untold: Session | None = None  # on_refresh has not heard of it yet
-        self._dead: LoginRequired | None = None  # remembered until the store changes
+        self._dead: AuthError | None = None  # remembered until the store changes
         self._failure: AuthError | None = None  # the latest passing failure
         self._backoff = Backoff(jitter=jitter)
         self._saving = Backoff(first=1.0, cap=_SAVE_AGAIN_SECONDS, jitter=jitter)
@@ -382,11 +381,11 @@ class RefreshingTokenSource(TokenSource):
             pass
         except LoginRequired as error:
             self._count(failures=1)
-            self._dead = error
+            self._dead = self._without_tokens(error)
             self._failure = None
             self._backoff.reset()
         except AuthError as error:
-            self._note_failure(error)
+            self._note_failure(self._without_tokens(error))
         except BaseException as error:  # noqa: BLE001 - whatever it is, the next attempt may succeed
             self._note_failure(self._as_refresh_error(error))
         else:
@@ -606,10 +605,24 @@ class RefreshingTokenSource(TokenSource):
     def _as_refresh_error(self, error: BaseException) -> RefreshError:
         # Its text is not ours, and may hold what nobody should see.
         refresh_error = RefreshError(f"refreshing the access token failed with {type(error).__name__}")
-        held = self._held
-        if not _shows(error, held.session if held else None) and not _shows(error, self._seen):
+        if not self._shows_token(error):
             refresh_error.__cause__ = error
         return refresh_error
+
+    def _without_tokens(self, error: AuthError) -> AuthError:
+        """`error` as it may be shown: where it or what led to it holds a token, without that."""
+        if self._shows_token(error):
+            error.__cause__ = error.__context__ = None
+            if self._shows_token(error):
+                if isinstance(error, LoginRequired):
+                    return LoginRequired(f"the session can no longer be refreshed: {LOGIN_HINT}")
+                msg = f"refreshing the access token failed with {type(error).__name__}"
+                return RefreshError(msg, retry_after=getattr(error, "retry_after", None))
+        return error
+
+    def _shows_token(self, error: BaseException) -> bool:
+        sessions = (self._held.session if self._held else None, self._seen)
+        return shows(error, (t for s in sessions if s for t in (s.access_token, s.refresh_token, s.id_token)))
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -667,21 +680,6 @@ def _serve(source_of: weakref.ref[RefreshingTokenSource], jobs: SimpleQueue[_Rou
         else:
             source._run(job)  # noqa: SLF001
         del source, job
-
-
-def _shows(error: BaseException | None, session: Session | None) -> bool:
-    """Whether the text of `error`, or of what led to it, holds a token of `session`."""
-    if session is None:
-        return False
-    tokens = (session.access_token, session.refresh_token, session.id_token)
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        text = f"{error!s} {error!r}"
-        if any(token in text for token in tokens if token and len(token) >= _SHORTEST_SECRET):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _check_arguments(store: object, refresh: object, window: object, clock: object, on_refresh: object) -> None:

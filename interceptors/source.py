@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from interceptors.errors import AuthError, RefreshError
+from interceptors.errors import AuthError, RefreshError, shows
 from interceptors.forking import renew_after_fork
 from interceptors.pacing import ON_TRIAL_SECONDS, CoolDown
 from interceptors.tokens import Token
@@ -107,8 +107,8 @@ class CallableTokenSource(TokenSource):
     Use `RefreshingTokenSource` for tokens that should be refreshed ahead of time, kept, or shared by processes.
 
     Args:
-        fn: Returns the access token. An exception from it becomes a `RefreshError` with that as its `__cause__`;
-            an `AuthError` is passed on.
+        fn: Returns the access token. An exception from it becomes a `RefreshError` with that as its `__cause__`,
+            unless it shows a token that was handed out; an `AuthError` is passed on.
 
     Raises:
         TypeError: `fn` cannot be called.
@@ -178,15 +178,20 @@ class CallableTokenSource(TokenSource):
 
     def _ask(self, *, force_refresh: bool) -> Token:
         self._asking = threading.get_ident()
+        failure: RefreshError | None = None
         try:
             value = self._fn(force_refresh)
         except AuthError:
             raise
-        except Exception as error:
-            msg = f"the application's token function failed with {type(error).__name__}"
-            raise RefreshError(msg) from error
+        except Exception as error:  # noqa: BLE001 - whatever it is, a later attempt may succeed
+            failure = RefreshError(f"the application's token function failed with {type(error).__name__}")
+            # Its text is not ours, and may hold what nobody should see.
+            if not shows(error, {self._latest.value if self._latest else None, *self._refused}):
+                failure.__cause__ = error
         finally:
             self._asking = None
+        if failure is not None:
+            raise failure
         try:
             return Token(value)
         except (TypeError, ValueError) as error:

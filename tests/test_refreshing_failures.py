@@ -29,6 +29,14 @@ class OddError(Exception):
         super().__init__(why, "more")
 
 
+class OtherArgumentsError(RefreshError):
+    """Is made of something else than its message."""
+
+    def __init__(self, status, *, where="the issuer"):
+        super().__init__(f"{where} answered {status}")
+        self.status = status
+
+
 def expired_world(**options):
     world = World(**options)
     world.clock.advance(7200)
@@ -90,6 +98,16 @@ def test_after_a_failure_callers_get_the_error_at_once_and_not_one_timeout_each(
                     source.token(timeout=PATIENCE)
             assert time.monotonic() - begin < PATIENCE / 2
         assert len(world.issuer.asked) == 1
+
+
+def test_an_error_of_the_applications_own_kind_is_told_as_it_was_raised():
+    with expired_world() as world:
+        source = world.source()
+        world.issuer.script.append(OtherArgumentsError(503))
+        for _ in range(3):
+            with pytest.raises(OtherArgumentsError, match=r"^the issuer answered 503$") as caught:
+                source.token(timeout=PATIENCE)
+            assert caught.value.status == 503
 
 
 def test_when_the_issuer_hangs_those_who_wait_share_one_timeout():

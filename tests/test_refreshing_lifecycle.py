@@ -472,7 +472,30 @@ def failing_scenarios():
     def mistaken(session):
         return session[session.refresh_token]
 
-    yield from (leaking, rubbish, unusable, mistaken)
+    def noted(session):
+        error = ValueError("no answer")
+        error.add_note(f"sent {session.refresh_token}")
+        raise error
+
+    def grouped(session):
+        error = OSError("no answer")
+        error.__cause__ = ValueError(session.refresh_token)
+        raise ExceptionGroup("tries", [error])
+
+    def caused(session):
+        raise RefreshError("no answer") from KeyError(session.refresh_token)
+
+    def told(session):
+        raise RefreshError("no answer for " + session.refresh_token, retry_after=0.1)
+
+    def odd(session):
+        class OddError(Exception):
+            def __str__(self):
+                raise ValueError(session.refresh_token)
+
+        raise OddError
+
+    yield from (leaking, rubbish, unusable, mistaken, noted, grouped, caused, told, odd)
 
 
 @pytest.mark.parametrize("scenario", list(failing_scenarios()), ids=lambda scenario: scenario.__name__)
@@ -493,13 +516,30 @@ def test_no_error_and_no_log_shows_a_token(scenario, failing, caplog):
         with pytest.raises(RefreshError) as caught:
             source.token(timeout=PATIENCE)
         for error in chain(caught.value):
-            assert SECRET not in f"{error!s} {error!r}"
+            assert SECRET not in f"{error!s} {error!r} {getattr(error, '__notes__', '')}"
         lines = "".join(traceback.format_exception(caught.value))
         assert SECRET not in lines
         failure = no_token(caught.value)
         assert SECRET not in failure.details
     formatted = caplog.text + "".join(str(record.__dict__) for record in caplog.records)
     assert SECRET not in formatted
+
+
+@pytest.mark.parametrize("shown", ["cause", "text"])
+def test_a_login_that_is_required_is_said_without_the_token_that_its_error_shows(shown):
+    def ended(session):
+        if shown == "cause":
+            raise LoginRequired("log in") from KeyError(session.refresh_token)
+        raise LoginRequired("log in: " + session.refresh_token)
+
+    with World() as world:
+        world.clock.advance(7200)
+        world.issuer.script.append(ended)
+        for _ in range(2):
+            with pytest.raises(LoginRequired, match="log") as caught:
+                world.source().token(timeout=PATIENCE)
+            assert SECRET not in "".join(traceback.format_exception(caught.value))
+            world.issuer.script.append(ended)
 
 
 def test_a_login_that_is_required_shows_no_token_either(caplog):

@@ -212,6 +212,21 @@ def test_what_the_function_raises_is_a_refresh_error_with_that_as_its_cause(rais
     assert "odd" not in str(caught.value)
 
 
+def test_but_not_what_shows_a_token_that_was_handed_out():
+    tokens = [SECRET * 2]
+
+    def fn(_):
+        if tokens:
+            return tokens.pop()
+        raise ValueError("expired: " + SECRET * 2)
+
+    source = CallableTokenSource(fn)
+    source.token()
+    with pytest.raises(RefreshError, match="token function failed with ValueError") as caught:
+        source.token()
+    assert caught.value.__cause__ is caught.value.__context__ is None
+
+
 def test_an_auth_error_from_the_function_is_passed_on():
     def fn(_):
         raise LoginRequired("log in")
