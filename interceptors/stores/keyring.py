@@ -37,7 +37,8 @@ class KeyringStore(SessionStore):
     """Keeps a session in the system's keyring, where only the person who has logged in can read it.
 
     Every access, also for reading, is made under a lock file, as keyrings do not bear several processes at once, and
-    within a time limit, as a locked one may wait for a person for ever. Use `FileStore` where there is no keyring.
+    within a time limit, as a locked one may wait for a person for ever; one that is given up keeps the others out until
+    it ends, lest it lands after them. Use `FileStore` where there is no keyring.
 
     Args:
         profile: Which session: one for each issuer, client and account that are used side by side.
