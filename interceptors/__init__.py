@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from interceptors.grpc_sync.native import BearerInterceptor
     from interceptors.oidc.client import OidcClient
     from interceptors.opening import open_session
-    from interceptors.refreshing import RefreshingTokenSource, SourceStats
+    from interceptors.refreshing import RefreshingTokenSource
     from interceptors.session import Session
     from interceptors.source import CallableTokenSource, StaticTokenSource, TokenSource
+    from interceptors.stats import SourceStats
     from interceptors.stores.base import SessionStore
     from interceptors.stores.file import FileStore
     from interceptors.stores.keyring import KeyringStore
@@ -68,7 +69,7 @@ _MODULES: Final = {
     "RefreshingTokenSource": "refreshing",
     "Session": "session",
     "SessionStore": "stores.base",
-    "SourceStats": "refreshing",
+    "SourceStats": "stats",
     "StaticTokenSource": "source",
     "StoreError": "errors",
     "Token": "tokens",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import enum
 import logging
 import random
 import threading
@@ -11,7 +10,7 @@ import time
 import traceback
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self
@@ -22,6 +21,7 @@ from interceptors.freshness import freshness
 from interceptors.pacing import ON_TRIAL_SECONDS, Backoff, CoolDown
 from interceptors.session import Session
 from interceptors.source import TokenSource
+from interceptors.stats import Cause, SourceStats
 from interceptors.stores.base import SessionStore
 
 if TYPE_CHECKING:
@@ -36,46 +36,12 @@ _LOCK_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 1.0
 _BRIEFLY_SECONDS = 1.0
 _OUTAGE_SECONDS = 300.0
-_SAVE_PAUSES = (0.1, 0.3, 0.6, 1.0)
-_SAVE_SECONDS = 3.0
+_SAVE_PAUSES = (0.05, 0.1, 0.25, 0.5)
+_SAVE_SECONDS = 2.0
 _SAVE_AGAIN_SECONDS = 60.0
 _CLOSE_SECONDS = 120.0  # the wait for the lock, and then an issuer that answers each of its requests at the last moment
 
 _NEEDS_ITSELF = "refreshing the access token needs that access token itself: refresh and on_refresh must not use it"
-
-
-class Cause(enum.Enum):
-    """Why a refresh was needed."""
-
-    PROACTIVE = "proactive"
-    MANDATORY = "mandatory"
-    REACTIVE = "reactive"
-
-
-@dataclass(frozen=True)
-class SourceStats:
-    """What a `RefreshingTokenSource` has done so far.
-
-    Args:
-        proactive: Refreshes made ahead of the expiry.
-        mandatory: Refreshes that calls had to wait for, because there was no token or it was about to expire.
-        reactive: Refreshes that a server's UNAUTHENTICATED forced.
-        failures: Attempts to refresh that failed.
-        adoptions: Sessions taken over from the store, where another process or a login had put them.
-        rejected: Tokens that a server has refused; each counts once.
-    """
-
-    proactive: int = 0
-    mandatory: int = 0
-    reactive: int = 0
-    failures: int = 0
-    adoptions: int = 0
-    rejected: int = 0
-
-    @property
-    def refreshes(self) -> int:
-        """All refreshes, whatever caused them."""
-        return self.proactive + self.mandatory + self.reactive
 
 
 # Refreshes in a row whose tokens live for less than it takes to get them.
@@ -259,15 +225,20 @@ class RefreshingTokenSource(TokenSource):
 
     def close(self) -> None:
         """Stops the source's thread. A refresh under way is finished and saved first. May be called twice."""
+        self._begin_to_close()
+        if self._thread is not threading.current_thread():
+            self._wait_until_closed(_CLOSE_SECONDS)
+
+    def _begin_to_close(self) -> None:
         with self._lock:
             self._closed = True
-            thread = self._thread
             self._jobs.put(None)
-        if thread is threading.current_thread():
-            return
+
+    def _wait_until_closed(self, seconds: float) -> None:
+        thread = self._thread
         # Ctrl-C may end the wait; the end of the program then waits again. It could not join the thread again, which
         # CPython 3.11 believes to have ended once a join was interrupted.
-        if thread is not None and self._ended.wait(_CLOSE_SECONDS):
+        if thread is not None and self._ended.wait(seconds):
             thread.join()
         _open_sources.discard(self)
 
@@ -637,14 +608,11 @@ def _close_all() -> None:
     # A daemon thread that dies between the issuer's answer and the save would lose the only valid refresh token.
     sources = list(_open_sources)
     for source in sources:
-        with source._lock:  # noqa: SLF001
-            source._closed = True  # noqa: SLF001
-            source._jobs.put(None)  # noqa: SLF001
+        source._begin_to_close()  # noqa: SLF001
     # All have been told before any is waited for, so that many that hang take no longer than one.
     deadline = time.monotonic() + _CLOSE_SECONDS
     for source in sources:
-        if source._thread is not None:  # noqa: SLF001
-            source._thread.join(max(deadline - time.monotonic(), 0.0))  # noqa: SLF001
+        source._wait_until_closed(max(deadline - time.monotonic(), 0.0))  # noqa: SLF001
 
 
 def _work(

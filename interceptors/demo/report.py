@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from interceptors import RefreshingTokenSource
     from interceptors.demo.record import Outcome, Record
-    from interceptors.refreshing import SourceStats
+    from interceptors.stats import SourceStats
     from interceptors.testing import FakeServer
 
 
