@@ -129,6 +129,19 @@ def authenticated_channel(
 ) -> grpc.aio.Channel: ...
 
 
+@overload
+def authenticated_channel(
+    target: str,
+    source: TokenSource,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    aio: bool,
+    options: Sequence[tuple[str, Any]] | None = None,
+    compression: grpc.Compression | None = None,
+    replay_limit: int = ...,
+) -> grpc.Channel | grpc.aio.Channel: ...
+
+
 def authenticated_channel(
     target: str,
     source: TokenSource,

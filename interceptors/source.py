@@ -111,13 +111,16 @@ class CallableTokenSource(TokenSource):
             unless it shows a token that was handed out; an `AuthError` is passed on.
 
     Raises:
-        TypeError: `fn` cannot be called.
+        TypeError: `fn` cannot be called so.
     """
 
     def __init__(self, fn: Callable[[bool], str]) -> None:
         given: object = fn
         if not callable(given):
             msg = f"fn must be a callable (force_refresh: bool) -> str, not {type(given).__name__}"
+            raise TypeError(msg)
+        if not _takes_one_argument(given):
+            msg = "fn must take one argument, fn(force_refresh: bool) -> str: True asks for a token other than the last"
             raise TypeError(msg)
         self._fn = fn
         self._latest: Token | None = None
@@ -217,3 +220,15 @@ class CallableTokenSource(TokenSource):
 
     def __repr__(self) -> str:
         return f"CallableTokenSource({getattr(self._fn, '__qualname__', type(self._fn).__name__)})"
+
+
+def _takes_one_argument(fn: Callable[..., object]) -> bool:
+    import inspect
+
+    try:
+        inspect.signature(fn).bind(True)  # noqa: FBT003 - as it will be called
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # one in C does not say what it takes
+    return True

@@ -15,7 +15,7 @@ from connectrpc.protocol import ProtocolType
 from pyqwest import HTTPVersion, SyncClient, SyncHTTPTransport
 
 from interceptors.gen.kontext.agent.v1 import event_connect, event_pb2, heartbeat_connect, heartbeat_pb2
-from interceptors.testing import FakeServer
+from interceptors.testing import FakeIssuer, FakeServer
 
 HEARTBEAT = heartbeat_pb2.HeartbeatRequest(session_id="s", sequence=1)
 ALL_WAYS = {**CONNECT_WAYS, "grpc_web-h2": (ProtocolType.GRPC_WEB, HTTPVersion.HTTP2)}
@@ -178,3 +178,13 @@ def test_a_websocket_is_refused_without_alarm(server, caplog):
     answer = httpx.get(server.url, headers=upgrade)
     assert answer.status_code == 403
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_where_they_are_is_not_told_before_they_are_there():
+    with pytest.raises(RuntimeError, match="not running: use it as a context manager"):
+        _ = FakeIssuer().url
+    with FakeIssuer() as issuer:
+        with pytest.raises(RuntimeError, match="not running: use it as a context manager"):
+            _ = FakeServer(issuer).target
+        with pytest.raises(RuntimeError, match="not running: use it as a context manager"):
+            _ = FakeServer(issuer).url

@@ -252,6 +252,17 @@ def test_what_cannot_be_called_is_refused_at_once(fn):
         CallableTokenSource(fn)
 
 
+@pytest.mark.parametrize("fn", [lambda: "abc", lambda *, force_refresh: "abc", lambda a, b: "abc"])
+def test_a_function_that_cannot_be_called_so_is_refused_at_once(fn):
+    with pytest.raises(TypeError, match=r"fn\(force_refresh: bool\) -> str"):
+        CallableTokenSource(fn)
+
+
+@pytest.mark.parametrize("fn", [lambda force_refresh: "abc", lambda force=False: "abc", lambda *given: "abc"])
+def test_a_function_that_can_be_called_so_will_do(fn):
+    assert CallableTokenSource(fn).token().value == "abc"
+
+
 def test_a_slow_function_keeps_nobody_longer_than_its_time_and_serves_later_callers():
     gate = threading.Event()
 

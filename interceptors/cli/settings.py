@@ -224,7 +224,7 @@ def _redis_store(url: str, profile: str) -> SessionStore:
     try:
         import redis
     except ImportError as error:
-        msg = "Redis needs an extra: pip install interceptors[redis]"
+        msg = "Redis needs an extra: pip install 'interceptors[redis]'"
         raise click.ClickException(msg) from error
     from interceptors.stores.redis import RedisStore
 

@@ -102,7 +102,14 @@ class Authority:
 
     @property
     def issuer(self) -> str:
-        """The issuer's identifier, a URL."""
+        """The issuer's identifier, a URL.
+
+        Raises:
+            RuntimeError: The issuer has not been started.
+        """
+        if not self._port:
+            msg = "the fake issuer is not running: use it as a context manager"
+            raise RuntimeError(msg)
         return f"http://127.0.0.1:{self._port}"
 
     url = issuer

@@ -25,7 +25,7 @@ try:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
 except ImportError as error:
-    msg = "FakeServer serves Connect with Hypercorn: install interceptors[testing]"
+    msg = "FakeServer serves Connect with Hypercorn: pip install 'interceptors[testing]'"
     raise ImportError(msg) from error
 
 if TYPE_CHECKING:

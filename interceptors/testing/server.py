@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import grpc
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from interceptors.testing.connect import ConnectServer
     from interceptors.testing.issuer import FakeIssuer
+
+
+_NOT_RUNNING: Final = "the fake server is not running: use it as a context manager"
 
 
 class FakeServer(Services):
@@ -82,7 +85,13 @@ class FakeServer(Services):
 
     @property
     def target(self) -> str:
-        """What a gRPC channel connects to."""
+        """What a gRPC channel connects to.
+
+        Raises:
+            RuntimeError: The server has not been started.
+        """
+        if not self._port:
+            raise RuntimeError(_NOT_RUNNING)
         return f"127.0.0.1:{self._port}"
 
     @property
@@ -109,8 +118,7 @@ class FakeServer(Services):
         with self._starting:
             if self._connect is None:
                 if self._server is None:
-                    msg = "the fake server is not running: use it as a context manager"
-                    raise RuntimeError(msg)
+                    raise RuntimeError(_NOT_RUNNING)
                 self._connect = ConnectServer(self, self._connect_port, self._max_workers)
                 self._connect_port = self._connect.port
 

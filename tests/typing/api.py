@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 source = StaticTokenSource("t")
 
 
+def a_channel_of_either_kind_is_one_of_both(target: str, *, aio: bool) -> None:
+    assert_type(authenticated_channel(target, source, aio=aio), grpc.Channel | grpc.aio.Channel)
+
+
 def a_sync_channel_stays_one(channel: grpc.Channel) -> None:
     assert_type(intercept_channel(channel, source), grpc.Channel)
     assert_type(authenticated_channel("localhost:1", source), grpc.Channel)
