@@ -20,6 +20,7 @@ from connect_drivers import event
 from event_loops import LOOPS
 
 from interceptors import (
+    CallableTokenSource,
     StaticTokenSource,
     TokenSource,
     aio_bearer_interceptors,
@@ -715,6 +716,46 @@ def test_an_interceptor_beneath_may_wait_for_the_call(run, server, source, refus
             return list((await events.IngestEvents(requests)).event_ids)
 
     assert run(main) == list("123")
+
+
+class FailsUnary(grpc.aio.UnaryUnaryClientInterceptor):
+    """With what is no gRPC error."""
+
+    async def intercept_unary_unary(self, continuation, client_call_details, request):
+        raise LookupError
+
+
+class FailsServerStreams(grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation, client_call_details, request):
+        raise LookupError
+
+
+@pytest.mark.parametrize("kind", ["unary", "server_stream"])
+@pytest.mark.parametrize("asks", ["done", "cancelled", "cancel", "add_done_callback"])
+def test_a_call_whose_interceptor_beneath_has_failed_raises_that_to_its_reader_only(run, server, kind, asks):
+    async def main():
+        plain = grpc.aio.insecure_channel(server.target, interceptors=[FailsUnary(), FailsServerStreams()])
+        async with intercept_channel(plain, CallableTokenSource(lambda _: "t")) as channel:
+            stub = heartbeat_pb2_grpc.HeartbeatServiceStub(channel)
+            call = (
+                stub.Heartbeat(heartbeat_pb2.HeartbeatRequest())
+                if kind == "unary"
+                else stub.WatchSession(heartbeat_pb2.WatchSessionRequest())
+            )
+            with pytest.raises(LookupError):
+                await (call if kind == "unary" else anext(aiter(call)))
+            # In this moment the call has not been called back.
+            told = []
+            answer = call.add_done_callback(told.append) if asks == "add_done_callback" else getattr(call, asks)()
+            with pytest.raises(LookupError):
+                await call.code()
+            return answer, told == [call], call.done()
+
+    assert run(main) == (
+        {"done": True, "cancelled": False, "cancel": False, "add_done_callback": None}[asks],
+        asks == "add_done_callback",
+        True,
+    )
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])

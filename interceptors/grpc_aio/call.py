@@ -118,31 +118,32 @@ class AuthenticatedCall:
 
     def attempt_ended(self, attempt: Any) -> bool:
         """Deals with the end of `attempt`, of which it may be told more than once; True if it has been."""
-        try:
-            if self._requests is None and self._dealings is None and is_ok(attempt):
-                self._ended = attempt
-                self._over = True
-                if self._waiting or self._callbacks:
-                    self._finish()
-            else:
-                self._settle(attempt)
-        except Exception as error:  # noqa: BLE001 - a source that breaks its contract must not leave the caller waiting
-            self._end(None, error)
+        if self._requests is None and self._dealings is None and is_ok(attempt):
+            self._ended = attempt
+            self._over = True
+            if self._waiting or self._callbacks:
+                self._finish()
+        else:
+            self._settle(attempt)
         return self._ended is attempt
 
     def _settle(self, attempt: Any) -> None:
         """Decides, once, what the end of `attempt` means."""
         if self._over or attempt is self._ended or attempt is not self._attempt:
             return
-        if is_ok(attempt):
-            self._settle_as(attempt, grpc.StatusCode.OK)
-            return
-        code = now(attempt.code())
-        if code is None or (self._requests is not None and is_provisional(attempt, code)):
-            if self._settling is None:
-                self._settling = asyncio.ensure_future(self._settle_later(attempt))
-            return
-        self._settle_as(attempt, code)
+        try:
+            if is_ok(attempt):
+                self._settle_as(attempt, grpc.StatusCode.OK)
+                return
+            code = now(attempt.code())
+            if code is None or (self._requests is not None and is_provisional(attempt, code)):
+                if self._settling is None:
+                    self._settling = asyncio.ensure_future(self._settle_later(attempt))
+                return
+            self._settle_as(attempt, code)
+        except Exception as error:  # noqa: BLE001 - whoever asks, or calls back, is not the one to raise it to
+            # An interceptor beneath has failed with something that is no gRPC error, or a source breaks its contract.
+            self._end(None, error)
 
     def _settle_as(self, attempt: Any, code: grpc.StatusCode) -> None:
         self._settling = None
