@@ -138,7 +138,7 @@ class AuthenticatedCall:
             code = now(attempt.code())
             if code is None or (self._requests is not None and is_provisional(attempt, code)):
                 if self._settling is None:
-                    self._settling = asyncio.ensure_future(self._settle_later(attempt))
+                    self._settling = asyncio.ensure_future(self._settle_once_known(attempt))
                 return
             self._settle_as(attempt, code)
         except Exception as error:  # noqa: BLE001 - whoever asks, or calls back, is not the one to raise it to
@@ -167,6 +167,15 @@ class AuthenticatedCall:
                 self._ask(self._call.again)
                 return
         self._finish()
+
+    async def _settle_once_known(self, attempt: Any) -> None:
+        try:
+            await self._settle_later(attempt)
+        except Exception as error:  # noqa: BLE001 - as in _settle
+            self._end(None, error)
+        except asyncio.CancelledError:
+            self._end_as_cancelled(_CANCELLED_DETAILS)  # as in _wait_for_token
+            raise
 
     async def _settle_later(self, attempt: Any) -> None:
         code = await attempt.code()
