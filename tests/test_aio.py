@@ -52,7 +52,13 @@ def run(request):
         assert complaints == []
         return answer
 
+    run.loop = request.param
     return run
+
+
+def skip_what_grpc_cannot(run, way):
+    if way == "native" and run.loop == "eager":
+        pytest.skip("gRPC's own intercepted calls cannot be written to where tasks are eager")
 
 
 async def until(condition):
@@ -536,6 +542,8 @@ def test_a_call_that_nobody_awaits_is_made_again_all_the_same(run, server, sourc
 @pytest.mark.parametrize("way", ["intercept_channel", "native"])
 @pytest.mark.parametrize("kind", ["server_stream", "bidi"])
 def test_a_stream_that_nobody_holds_any_more_is_cancelled(run, kind, way):
+    skip_what_grpc_cannot(run, way)
+
     async def main():
         with serving_the_abandoned() as server:
             async with Client(server.target, StaticTokenSource("token"), way) as client:
@@ -560,6 +568,7 @@ def test_a_stream_that_nobody_holds_any_more_is_cancelled(run, kind, way):
 @pytest.mark.parametrize("way", ["intercept_channel", "native"])
 @pytest.mark.parametrize("kind", ["server_stream", "bidi"])
 def test_a_stream_that_is_waited_for_need_not_be_held(run, server, source, kind, way):
+    skip_what_grpc_cannot(run, way)
     ended, told = [], []
 
     async def main():
@@ -782,6 +791,8 @@ def test_native_interceptors_retry_although_one_nearer_to_the_wire_awaits_the_an
 @pytest.mark.parametrize("way", ["intercept_channel", "native"])
 @pytest.mark.parametrize("refused", [0, 1])
 def test_reading_and_writing_works_however_tokens_are_attached(run, server, source, way, refused):
+    skip_what_grpc_cannot(run, way)
+
     async def main():
         async with Client(server.target, source, way) as client:
             server.refuse_next(refused)
