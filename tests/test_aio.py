@@ -49,7 +49,8 @@ def run(request):
 
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
             answer = runner.run(checked())
-        assert complaints == []
+        # gRPC has one completion queue for all loops, and may complain to this one of one that is closed by now.
+        assert [each for each in complaints if "PollerCompletionQueue" not in each["message"]] == []
         return answer
 
     run.loop = request.param
