@@ -262,6 +262,7 @@ class AuthenticatedCall:
     def _finish(self) -> None:
         self._over = True
         if self._requests is not None:
+            self._requests.free()  # whoever keeps a call that is over does not keep its messages
             self._requests.stop()
         if self._waiting:
             self._wake()
