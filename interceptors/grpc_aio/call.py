@@ -114,7 +114,7 @@ class AuthenticatedCall:
     # Attempts, one after the other
 
     def _watch(self, attempt: Any) -> None:
-        attempt.add_done_callback(_Ending(self))
+        attempt.add_done_callback(Ending(self))
 
     def attempt_ended(self, attempt: Any) -> bool:
         """Deals with the end of `attempt`, of which it may be told more than once; True if it has been."""
@@ -123,8 +123,8 @@ class AuthenticatedCall:
             self._over = True
             if self._waiting or self._callbacks:
                 self._finish()
-        else:
-            self._settle(attempt)
+            return True
+        self._settle(attempt)
         return self._ended is attempt
 
     def _settle(self, attempt: Any) -> None:
@@ -456,7 +456,7 @@ class AuthenticatedCall:
     __str__ = __repr__
 
 
-class _Ending:
+class Ending:
     """Tells a call that an attempt is over, and then forgets the call: or they would keep each other alive."""
 
     __slots__ = ("_call",)

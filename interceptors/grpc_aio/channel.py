@@ -132,13 +132,22 @@ class _MultiCallable:
         timeout: float | None,
         metadata: Any,
         credentials: grpc.CallCredentials | None,
-        options: dict[str, Any],
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
     ) -> Any:
         if metadata is not None:
             metadata = tuple(metadata)
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
-            return self._plain(request, timeout=timeout, metadata=metadata, credentials=credentials, **options)
-        start = functools.partial(_start, self._inner, self._prepare(request), metadata, options)
+            return self._plain(
+                request,
+                timeout=timeout,
+                metadata=metadata,
+                credentials=credentials,
+                wait_for_ready=wait_for_ready,
+                compression=compression,
+            )
+        message = self._prepare(request)
+        start = functools.partial(_start, self._inner, message, metadata, wait_for_ready, compression)
         call = kind(self._source, start, deadline_of(timeout), None, self._waiting)
         call.begin(self._peek(), timeout)
         return call
@@ -150,21 +159,29 @@ class _MultiCallable:
         timeout: float | None,
         metadata: Any,
         credentials: grpc.CallCredentials | None,
-        options: dict[str, Any],
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
     ) -> Any:
         if metadata is not None:
             metadata = tuple(metadata)
         if credentials is not None or (metadata and carries_own_authorization(metadata)):
-            return self._plain(request_iterator, timeout=timeout, metadata=metadata, credentials=credentials, **options)
+            return self._plain(
+                request_iterator,
+                timeout=timeout,
+                metadata=metadata,
+                credentials=credentials,
+                wait_for_ready=wait_for_ready,
+                compression=compression,
+            )
         requests: RequestStream | IteratedRequests
         start: Callable[[Token, float | None], Any]
         if self._prepare is snapshot and request_iterator is not None:
             # Interceptors beneath may wait for the call before they let anybody write to it.
             requests = IteratedRequests(request_iterator, snapshot, self._replay_limit)
-            start = functools.partial(_start_iterating, self._inner, requests, metadata, options)
+            start = functools.partial(_start_iterating, self._inner, requests, metadata, wait_for_ready, compression)
         else:
             requests = RequestStream(request_iterator, self._prepare, self._replay_limit)
-            start = functools.partial(_start, self._inner, None, metadata, options)
+            start = functools.partial(_start, self._inner, None, metadata, wait_for_ready, compression)
         call = kind(self._source, start, deadline_of(timeout), requests, self._waiting)
         call.begin(self._peek(), timeout)
         requests.attach(call)
@@ -181,12 +198,15 @@ class UnaryUnary(_MultiCallable, grpc.aio.UnaryUnaryMultiCallable):
         timeout: float | None = None,
         metadata: Any = None,
         credentials: grpc.CallCredentials | None = None,
-        **options: Any,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.aio.UnaryUnaryMultiCallable`. Does not wait for a token."""
         token = self._peek()
         if token is None or metadata is not None or credentials is not None:
-            return self._start_call(UnaryUnaryCall, request, timeout, metadata, credentials, options)
+            return self._start_call(
+                UnaryUnaryCall, request, timeout, metadata, credentials, wait_for_ready, compression
+            )
         # The hot path: `_start_call` for a fresh token and no metadata of the caller's.
         deadline = None if timeout is None else monotonic() + timeout
         try:
@@ -194,9 +214,13 @@ class UnaryUnary(_MultiCallable, grpc.aio.UnaryUnaryMultiCallable):
         except Exception:  # noqa: BLE001 - it ends the call
             message = None
             log_unserialisable()
-        start = functools.partial(_start, self._inner, message, None, options)
+        inner = self._inner
+        start = functools.partial(_start, inner, message, None, wait_for_ready, compression)
         call = UnaryUnaryCall(self._source, start, deadline, None, self._waiting)
-        call.adopt(token, self._inner(message, timeout=timeout, metadata=token.metadata, **options))
+        attempt = inner(
+            message, timeout=timeout, metadata=token.metadata, wait_for_ready=wait_for_ready, compression=compression
+        )
+        call.adopt(token, attempt)
         return call
 
 
@@ -210,10 +234,11 @@ class UnaryStream(_MultiCallable, grpc.aio.UnaryStreamMultiCallable):
         timeout: float | None = None,
         metadata: Any = None,
         credentials: grpc.CallCredentials | None = None,
-        **options: Any,
+        wait_for_ready: bool | None = None,
+        compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.aio.UnaryStreamMultiCallable`. Does not wait for a token."""
-        return self._start_call(UnaryStreamCall, request, timeout, metadata, credentials, options)
+        return self._start_call(UnaryStreamCall, request, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 class StreamUnary(_MultiCallable, grpc.aio.StreamUnaryMultiCallable):
@@ -229,8 +254,9 @@ class StreamUnary(_MultiCallable, grpc.aio.StreamUnaryMultiCallable):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.aio.StreamUnaryMultiCallable`. Does not wait for a token."""
-        options = {"wait_for_ready": wait_for_ready, "compression": compression}
-        return self._start_streaming_call(StreamUnaryCall, request_iterator, timeout, metadata, credentials, options)
+        return self._start_streaming_call(
+            StreamUnaryCall, request_iterator, timeout, metadata, credentials, wait_for_ready, compression
+        )
 
 
 class StreamStream(_MultiCallable, grpc.aio.StreamStreamMultiCallable):
@@ -246,8 +272,9 @@ class StreamStream(_MultiCallable, grpc.aio.StreamStreamMultiCallable):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """See `grpc.aio.StreamStreamMultiCallable`. Does not wait for a token."""
-        options = {"wait_for_ready": wait_for_ready, "compression": compression}
-        return self._start_streaming_call(StreamStreamCall, request_iterator, timeout, metadata, credentials, options)
+        return self._start_streaming_call(
+            StreamStreamCall, request_iterator, timeout, metadata, credentials, wait_for_ready, compression
+        )
 
 
 _KINDS: Final[dict[type, type[_MultiCallable]]] = {
@@ -259,13 +286,25 @@ _KINDS: Final[dict[type, type[_MultiCallable]]] = {
 
 
 def _start(
-    inner: Any, message: Any, metadata: Any, options: dict[str, Any], token: Token, timeout: float | None
+    inner: Any,
+    message: Any,
+    metadata: Any,
+    wait_for_ready: bool | None,
+    compression: grpc.Compression | None,
+    token: Token,
+    timeout: float | None,
 ) -> Any:
     carried = (*metadata, *token.metadata) if metadata else token.metadata
-    return inner(message, timeout=timeout, metadata=carried, **options)
+    return inner(message, timeout=timeout, metadata=carried, wait_for_ready=wait_for_ready, compression=compression)
 
 
 def _start_iterating(
-    inner: Any, requests: IteratedRequests, metadata: Any, options: dict[str, Any], token: Token, timeout: float | None
+    inner: Any,
+    requests: IteratedRequests,
+    metadata: Any,
+    wait_for_ready: bool | None,
+    compression: grpc.Compression | None,
+    token: Token,
+    timeout: float | None,
 ) -> Any:
-    return _start(inner, requests.attempt(), metadata, options, token, timeout)
+    return _start(inner, requests.attempt(), metadata, wait_for_ready, compression, token, timeout)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from grpc.aio import AioRpcError
 
-from interceptors.grpc_aio.call import AuthenticatedCall
+from interceptors.grpc_aio.call import AuthenticatedCall, Ending
 from interceptors.grpc_aio.requests import STYLE_ERROR
 
 if TYPE_CHECKING:
@@ -195,6 +195,12 @@ class _StreamRequest(AuthenticatedCall):
 
 class UnaryUnaryCall(_UnaryResponse, grpc.aio.UnaryUnaryCall):
     """A unary call that is made once more with another token if its first attempt is refused."""
+
+    def adopt(self, token: Token, attempt: Any) -> None:
+        # On the hot path: what the others do besides is not for this one.
+        self._token = token
+        self._attempt = attempt
+        attempt.add_done_callback(Ending(self))
 
 
 class UnaryStreamCall(_StreamResponse, grpc.aio.UnaryStreamCall):
