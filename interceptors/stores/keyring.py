@@ -212,6 +212,7 @@ class _Access:
     def run(self, act: Callable[[_Access], T]) -> T:
         import keyring
 
+        self._keyring = keyring
         try:
             self.backend = keyring.get_keyring()
             _check(self.backend)
@@ -221,15 +222,15 @@ class _Access:
 
     def get_password(self, service: str, name: str) -> str | None:
         self._check()
-        return self.backend.get_password(service, name)
+        return self._keyring.get_password(service, name)
 
     def set_password(self, service: str, name: str, password: str) -> None:
         self._check()
-        self.backend.set_password(service, name, password)
+        self._keyring.set_password(service, name, password)
 
     def delete_password(self, service: str, name: str) -> None:
         self._check()
-        self.backend.delete_password(service, name)
+        self._keyring.delete_password(service, name)
 
     def _check(self) -> None:
         if self.given_up:
