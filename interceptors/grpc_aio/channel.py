@@ -298,13 +298,5 @@ def _start(
     return inner(message, timeout=timeout, metadata=carried, wait_for_ready=wait_for_ready, compression=compression)
 
 
-def _start_iterating(
-    inner: Any,
-    requests: IteratedRequests,
-    metadata: Any,
-    wait_for_ready: bool | None,
-    compression: grpc.Compression | None,
-    token: Token,
-    timeout: float | None,
-) -> Any:
-    return _start(inner, requests.attempt(), metadata, wait_for_ready, compression, token, timeout)
+def _start_iterating(inner: Any, requests: IteratedRequests, *rest: Any) -> Any:
+    return _start(inner, requests.attempt(), *rest)
