@@ -694,13 +694,8 @@ def test_whatever_the_callers_iterator_raises_cancels_the_call(run, server, sour
         run(main)
 
 
-class WaitsForTheCall(grpc.aio.StreamUnaryClientInterceptor, grpc.aio.UnaryUnaryClientInterceptor):
+class WaitsForTheCall(grpc.aio.StreamUnaryClientInterceptor):
     """As those do that measure calls."""
-
-    async def intercept_unary_unary(self, continuation, client_call_details, request):
-        call = await continuation(client_call_details, request)
-        await call.code()
-        return call
 
     async def intercept_stream_unary(self, continuation, client_call_details, request_iterator):
         call = await continuation(client_call_details, request_iterator)
